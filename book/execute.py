@@ -65,6 +65,7 @@ def execute(path, out, in_place, cell_timeout):
         cell.outputs, cell.execution_count = [], None
     record = dict(notebook=path.name, source=source_hash(notebook), code_cells=len(code), error=None)
     client = NotebookClient(notebook, timeout=cell_timeout, kernel_name="python3", record_timing=True,
+                            extra_arguments=["--IPKernelApp.log_level=40"],
                             resources={"metadata": {"path": str(NBS)}})
     started = time.perf_counter()
     try:

@@ -1,0 +1,30 @@
+"""The table of symbols in the index: every name in it is a name of the package."""
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def names_in_package():
+    "Every identifier that a module of edm_nb defines, takes as a parameter or reads as an attribute."
+    names = set()
+    for path in (ROOT / "edm_nb").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names |= {getattr(node, key) for key in ("id", "arg", "attr", "name") if isinstance(getattr(node, key, None), str)}
+    return names
+
+
+def symbols():
+    "The second column of the table under the heading Symbols."
+    import json
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = ["".join(c["source"]) for c in cells if "".join(c["source"]).startswith("## Symbols")]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| $")]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row[2])]
+
+
+def test_symbols_are_names_of_the_package():
+    listed = symbols()
+    assert len(listed) >= 25
+    assert set(listed) - names_in_package() == set()
