@@ -425,7 +425,7 @@ class Name:
     "A global that a pickle mentions."
     name: str            # dotted
 
-# %% ../nbs/10_data.ipynb #38870d69
+# %% ../nbs/10_data.ipynb #dde4b1e9
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
@@ -438,7 +438,7 @@ class PickleReader:
                  allowed:set,        # dotted names of the globals that may occur
                  where:str,          # file, for messages
                  error=DataError,    # exception class to raise
-                 max_ops:int=20_000_000):  # instructions to run at most
+                 max_ops:int=2_000_000):  # instructions to run at most: 1 byte of file can ask for 100 bytes of memory
         self.file = io.BytesIO(data) if isinstance(data, (bytes, bytearray)) else data
         self.allowed, self.where, self.error, self.max_ops = allowed, where, error, max_ops
         self.stack, self.memo = [], {}
@@ -460,7 +460,7 @@ class PickleReader:
                 if count > self.max_ops: self.fail(f"more than {self.max_ops:,} instructions")
                 if op.name == "STOP": return self.stack.pop()
                 self.step(op.name, arg)
-        except (ValueError, IndexError, TypeError, KeyError, OverflowError, UnicodeError, EOFError, AttributeError) as error:
+        except (ValueError, IndexError, TypeError, KeyError, OverflowError, EOFError, AttributeError, RecursionError) as error:
             if isinstance(error, self.error): raise
             self.fail(f"damaged or truncated pickle ({type(error).__name__}: {str(error)[:80]})")
         self.fail("truncated pickle (no end)")
@@ -480,12 +480,12 @@ class PickleReader:
             items = tuple(s[len(s)-n:])
             if len(items) != n: raise IndexError("stack is empty")
             s[len(s)-n:] = [items]
-        elif op == "EMPTY_LIST": s.append([])
+        elif op in ("EMPTY_LIST", "EMPTY_SET"): s.append([])      # a set becomes a list: nothing is hashed
         elif op == "EMPTY_DICT": s.append({})
         elif op == "LIST": s.append(self.pop_mark())
         elif op == "DICT": s.append(self.pairs({}, self.pop_mark()))
         elif op == "APPEND": value = s.pop(); self.as_list(s[-1]).append(value)
-        elif op == "APPENDS": items = self.pop_mark(); self.as_list(s[-1]).extend(items)
+        elif op in ("APPENDS", "ADDITEMS"): items = self.pop_mark(); self.as_list(s[-1]).extend(items)
         elif op == "SETITEM": value, key = s.pop(), s.pop(); self.pairs(self.as_dict(s[-1]), [key, value])
         elif op == "SETITEMS": items = self.pop_mark(); self.pairs(self.as_dict(s[-1]), items)
         elif op == "GLOBAL": s.append(self.find(*arg.split(" ", 1)))
@@ -514,9 +514,9 @@ class PickleReader:
         return into
 
     def find(self, module, name):
-        if type(module) is str and type(name) is str and f"{module}.{name}" in self.allowed: return Name(f"{module}.{name}")
-        self.fail(f"refused: the file asks for {str(module)[:60]}.{str(name)[:60]}, which such a file has no use for; "
-                  "nothing was executed")
+        if type(module) is not str or type(name) is not str: self.fail("damaged pickle (a global whose name is no text)")
+        if f"{module}.{name}" in self.allowed: return Name(f"{module}.{name}")
+        self.fail(f"refused: the file asks for {module[:60]}.{name[:60]}, which such a file has no use for; nothing was executed")
 
     def call(self, function, args):
         if type(function) is not Name: self.fail("refused: a call of something that is no allowed function")
