@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_moments', 'cov_factor', 'root_trace', 'frechet_distance', 'FeatureStats', 'moments_stats', 'save_stats',
-           'load_stats', 'check_uint8', 'Pixels', 'pixels', 'feature_stats']
+           'load_stats', 'check_uint8', 'Pixels', 'pixels', 'feature_stats', 'CifarFeatures']
 
 # %% ../nbs/13_metrics.ipynb #5ea7fa95
 import hashlib, json, math, os, tempfile, warnings
@@ -267,3 +267,35 @@ def feature_stats(images,             # uint8 `[N, C, H, W]`, an ImageSet, or an
         for batch in getattr(part, "images", part).split(batch_size):
             with torch.no_grad(): stats.update(features(batch).cpu())
     return stats
+
+# %% ../nbs/13_metrics.ipynb #394ce150
+class CifarFeatures:
+    "A small CIFAR-10 classifier as a feature network: convolution and GELU only, so a feature depends on its image alone."
+    name, dim, shape = "cifar-features", 256, (3, 32, 32)
+    def __init__(self,
+                 weights:dict,   # float32 tensors `conv0.weight` ... `conv6.bias`, `head.weight`, `head.bias`
+                 hash:str,       # sha256 of the file they came from
+                ):
+        self.hash, self.weights = hash, {k: v.float() for k, v in weights.items()}
+
+    def _conv(self, x:Tensor, i:int, padding:int=1) -> Tensor:
+        "Convolution number i."
+        weight, bias = self.weights[f"conv{i}.weight"], self.weights[f"conv{i}.bias"]
+        return torch.nn.functional.conv2d(x, weight.to(x.device), bias.to(x.device), padding=padding)
+
+    @torch.no_grad()
+    def __call__(self, images:Tensor) -> Tensor:
+        "uint8 `[B, 3, 32, 32]` to float32 `[B, 256]`. ValueError for other shapes and types."
+        if check_uint8(images).shape[1:] != self.shape:
+            raise ValueError(f"{self.name} reads 3×32×32 images, got {tuple(images.shape[1:])}; resize them, or use pixels()")
+        gelu, x = torch.nn.functional.gelu, images.float()/127.5 - 1
+        x = gelu(self._conv(x.contiguous(memory_format=torch.channels_last), 0, padding=0))   # [B, 24, 31, 31]
+        for i in (1, 3, 5):                                                                   # 15, 7, 3 pixels
+            x = gelu(torch.nn.functional.max_pool2d(self._conv(x, i), 2))
+            x = gelu(self._conv(x, i + 1))
+        return x.mean((2, 3))
+
+    def logits(self, images:Tensor) -> Tensor:
+        "Class scores `[B, 10]`: the layer that trained the features, kept so that its accuracy can be checked."
+        weight, bias = self.weights["head.weight"], self.weights["head.bias"]
+        return self(images) @ weight.T.to(images.device) + bias.to(images.device)
