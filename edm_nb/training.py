@@ -6,14 +6,14 @@
 __all__ = ['QUANTILES', 'WEIGHTS', 'PAPER_COST', 'DIGITS', 'PRESETS', 'FREE', 'inverse_square_weight', 'edm_loss',
            'lognormal_quantile', 'vp_quantile', 've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta',
            'ema_halflife', 'EMA', 'ramped_lr', 'guided', 'without_labels', 'TrainConfig', 'check_config', 'config_from',
-           'config_json', 'ladder', 'cifar10_ladder', 'load_data', 'shrink', 'stream_seed', 'to_device', 'check_data',
-           'Batch', 'make_batch', 'augment', 'TrainState', 'build_denoiser', 'new_state', 'ema_denoiser', 'backward',
+           'config_json', 'ladder', 'cifar10_ladder', 'table_1_rows', 'load_data', 'shrink', 'stream_seed', 'to_device',
+           'check_data', 'Batch', 'make_batch', 'TrainState', 'build_denoiser', 'new_state', 'ema_denoiser', 'backward',
            'guard', 'train_step', 'Team', 'join_team', 'wrap', 'lock_folder', 'state_tensors', 'restore_tensors',
            'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter', 'deferred_interrupt', 'due', 'run_loop',
            'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
 
-# %% ../nbs/04_training.ipynb #987964bb
-import contextlib, copy, dataclasses, functools, hashlib, json, math, os, signal, tempfile, threading, time
+# %% ../nbs/04_training.ipynb #23b38348
+import contextlib, copy, dataclasses, fcntl, functools, hashlib, json, math, os, signal, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from . import checkpoints
-from .augmentation import AugmentPipe
+from .augmentation import AugmentPipe, Draw, apply as apply_augment
 from .data import ImageSet, IndexStream, cifar10, digits, load_images, one_hot, to_float
+from .framework import broadcast_sigma
 from .networks import build_network
 from .ode_solvers import edm_sigmas, sample_ode
 from .preconditioning import Preconditioned, edm_weight, iddpm_levels, vp_sigma
@@ -144,7 +145,7 @@ def ramped_lr(lr:float,        # the final learning rate
     "Linear warm-up over the first `rampup` images."
     return lr * min(1.0, seen / rampup) if rampup > 0 else lr
 
-# %% ../nbs/04_training.ipynb #f8615648
+# %% ../nbs/04_training.ipynb #420d5777
 def guided(cond:Callable,           # the denoiser to follow
            uncond:Callable,         # the denoiser to move away from
            w:float,                 # strength; 0 is `cond` alone
@@ -154,8 +155,8 @@ def guided(cond:Callable,           # the denoiser to follow
     "D = D_cond + w (D_cond − D_uncond), a denoiser like any other, so every solver stage is guided."
     def denoise(x:Tensor, sigma, **more) -> Tensor:
         D = cond(x, sigma, **more)
-        inside = torch.as_tensor(sigma)
-        inside = (inside >= sigma_min) & (inside <= sigma_max)
+        level = torch.as_tensor(sigma)
+        inside = (level >= sigma_min) & (level <= sigma_max)
         if w == 0 or not inside.any(): return D
         gap = D - uncond(x, sigma, **more)
         return D + w * gap * broadcast_sigma(inside.to(gap), gap)
@@ -266,14 +267,22 @@ def cifar10_ladder(arch:str="ddpmpp",         # "ddpmpp" starts from VP, "ncsnpp
                  network=dict(sizes, channel_mult=[1, 2, 2, 2], dropout=0.13))
     return ladder(baseline, hyper, dict(sizes, channel_mult=[2, 2, 2], dropout=0.13))
 
-# %% ../nbs/04_training.ipynb #ff27abda
+# %% ../nbs/04_training.ipynb #13ecbb27
+def table_1_rows(config:TrainConfig,   # gives everything but the row: network, data, budget
+                ) -> dict:             # "vp", "ve", "iddpm", "edm" → configuration
+    "One network trained four ways: each row of Table 1 with its own preconditioning, noise levels and weight."
+    rows = {name: dataclasses.replace(config, precond={"scalings": name}, sigma=name, sigma_args={}, weight="inverse_square")
+            for name in ("vp", "ve", "iddpm")}
+    return rows | {"edm": config}
+
+# %% ../nbs/04_training.ipynb #c35e7f91
 PAPER_COST = dict(hardware="one H100-class GPU, fp32 with TF32 off; estimate, not measured", hours=100, memory_gib=40,
                   note="divide the hours by the number of GPUs")
 
 DIGITS = TrainConfig(
     data="digits", network=dict(arch="tiny", model_channels=32, channel_mult=[1, 3], num_blocks=1),
-    precond={"scalings": "edm", "sigma_data": 0.75}, images=1_000_000, batch=256, lr=2e-3, lr_rampup=20_000,
-    ema_halflife=50_000, log_every=50_000, save_every=250_000,
+    precond={"scalings": "edm", "sigma_data": 0.75}, sigma_args={"P_mean": -0.8, "P_std": 1.2}, images=400_000, batch=128,
+    lr=2e-3, lr_rampup=10_000, ema_halflife=30_000, channels_last=True, log_every=20_000, save_every=100_000,
     expected=dict(hardware="2 CPU cores", minutes=4, memory_gib=0.6))
 
 PRESETS = {
@@ -351,7 +360,7 @@ class Batch:
             part = slice(i, i + size)
             yield Batch(self.images[part], self.sigma[part], self.noise[part], {k: v[part] for k, v in self.cond.items()})
 
-# %% ../nbs/04_training.ipynb #17644510
+# %% ../nbs/04_training.ipynb #3fdb487a
 def make_batch(config:TrainConfig,     # what to draw
                data:ImageSet,          # on the training device, or in host memory if it does not fit
                order:IndexStream,      # which image comes when
@@ -375,12 +384,12 @@ def make_batch(config:TrainConfig,     # what to draw
         labels = one_hot(data.labels[index].to(device, non_blocking=True), data.label_dim)
         cond["class_labels"] = labels * keep[:, None]
     if config.xflip: y = torch.where(flip[:, None, None, None], y.flip(-1), y)
-    if config.augment: y, cond["augment_labels"] = augment(config, y, generator, B, part)
-    if not config.augment_labels: cond.pop("augment_labels", None)
+    if config.augment:
+        draw = AugmentPipe(p=config.augment, **config.augment_args).draw(B, generator, device)
+        draw = Draw(*(value[part] for value in vars(draw).values()))
+        y = apply_augment(y, draw)
+        if config.augment_labels: cond["augment_labels"] = draw.labels()
     return Batch(y, sigma, noise, cond)
-
-def augment(config, y, generator, B, part):
-    return AugmentPipe(p=config.augment, **config.augment_args)(y, generator=generator)
 
 # %% ../nbs/04_training.ipynb #a677f235
 @dataclass
@@ -548,20 +557,20 @@ def restore_tensors(state:TrainState,   # is overwritten
         state.optimizer.state[p] = {"step": tensors[f"adam.step.{k}"].to(p.device), **moments}
     for k in ("skipped", "in_a_row", "worst"): getattr(state, k).copy_(tensors[f"count.{k}"])
 
-# %% ../nbs/04_training.ipynb #728ee7c1
+# %% ../nbs/04_training.ipynb #ebb3e420
 def save_run(state:TrainState,   # what to save
              folder:Path,        # the run folder
             ) -> None:
     "Write the training state and the averaged denoiser; the files before stay whole until the new ones are."
     try:
-        checkpoints.save_state(folder/"state", state_tensors(state), dict(
-            images=state.images, seconds=state.seconds, config=dataclasses.asdict(state.config)))
-        checkpoints.save(folder/"model.safetensors", ema_denoiser(state), images=state.images,
-                         config=dataclasses.asdict(state.config))
+        config = dataclasses.asdict(state.config)
+        path = checkpoints.save_state(folder/"state", state.images, state_tensors(state),
+                                      dict(images=state.images, seconds=state.seconds, config=config))
+        checkpoints.save(folder/"model.safetensors", ema_denoiser(state), images=state.images, train_config=config)
     except OSError as error:
         raise OSError(error.errno, f"cannot save the run at {state.images:,} images in {folder}: {error.strerror or error}. "
                       f"Last good checkpoint: {state.saved or 'none'}. Make room and start the same command again") from error
-    state.saved = f"{folder/'state'} at {state.images:,} images"
+    state.saved = str(path)
 
 FREE = ("images", "log_every", "save_every", "grid_every", "max_bad", "expected")    # may change between runs
 
@@ -569,15 +578,15 @@ def restore_run(state:TrainState,   # a fresh state of the same configuration
                 folder:Path,        # the run folder
                ) -> bool:           # True if there was something to restore
     "Continue where the folder's last checkpoint stands."
-    if not checkpoints.has_state(folder/"state"): return False
-    tensors, meta = checkpoints.load_state(folder/"state")
+    if checkpoints.latest_state(folder/"state") is None: return False
+    tensors, meta, path = checkpoints.load_state(folder/"state")
     before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in FREE}
                    for c in (meta["config"], dataclasses.asdict(state.config)))
     changed = [f"{k}: {before.get(k)!r} → {now[k]!r}" for k in now if before.get(k) != now[k]]
     if changed: raise ValueError(f"{folder} holds a run with another configuration ({'; '.join(changed)}); choose another folder")
     restore_tensors(state, tensors)
     state.images, state.seconds = meta["images"], meta["seconds"]
-    state.saved = f"{folder/'state'} at {state.images:,} images"
+    state.saved = str(path)
     return True
 
 # %% ../nbs/04_training.ipynb #22285736

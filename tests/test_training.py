@@ -1,0 +1,293 @@
+"The mathematics of training: loss, noise levels, averages, guidance, and the arithmetic of the loop."
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from edm_nb import training as T
+from edm_nb.data import ImageSet, IndexStream, digits
+from edm_nb.framework import GaussianDenoiser
+from edm_nb.preconditioning import Preconditioned, edm_scalings, edm_weight
+
+TOY = dataclasses.replace(T.PRESETS["toy"], images=640, log_every=320, save_every=0)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Zero(nn.Module):
+    "A network that returns zeros, as a freshly initialised one nearly does."
+    label_dim = 0
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
+        return x * self.w
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0, 50.0])
+def test_loss_is_one_at_initialisation(sigma):
+    "Unit-variance targets and λ c_out² = 1: with F = 0 the expected loss is 1 at every σ."
+    y = 0.5 * torch.randn(4096, 1, 8, 8, generator=gen())
+    loss = T.edm_loss(Preconditioned(Zero()), y, torch.full((4096,), sigma), generator=gen(1))
+    assert loss.shape == (4096,)
+    assert loss.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_loss_of_the_exact_denoiser_is_the_posterior_variance():
+    "Gaussian data: E‖D − y‖² per value is c²σ²/(c² + σ²), so the weighted loss is known in closed form."
+    c, sigma = 0.7, 0.9
+    y = c * torch.randn(20_000, 1, 4, 4, generator=gen()).double()
+    D = GaussianDenoiser(torch.zeros(1, 4, 4, dtype=torch.float64), c)
+    loss = T.edm_loss(D, y, torch.full((20_000,), sigma).double(), sigma_data=0.5, generator=None,
+                      noise=torch.randn(y.shape, generator=gen(1)).double()).mean()
+    expected = edm_weight(torch.tensor(sigma), 0.5) * c**2 * sigma**2 / (c**2 + sigma**2)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+def test_loss_equals_eq_8():
+    "Eq. 2 with D written out equals Eq. 8, the loss of F against its effective target."
+    net = nn.Conv2d(1, 1, 3, padding=1)
+    F = lambda x, c_noise, **_: net(x) + c_noise[:, None, None, None]
+    D, y, n = Preconditioned(F, sigma_data=0.8), torch.randn(6, 1, 5, 5, generator=gen()), torch.randn(6, 1, 5, 5, generator=gen(1))
+    sigma = torch.tensor([0.01, 0.1, 0.5, 1.0, 5.0, 80.0])
+    c_skip, c_out, c_in, c_noise = (c[:, None, None, None].float() for c in edm_scalings(sigma, 0.8))
+    x = y + sigma[:, None, None, None] * n
+    target = (y - c_skip * x) / c_out
+    weight = edm_weight(sigma, 0.8)[:, None, None, None] * c_out**2
+    eq8 = (weight * (F(c_in * x, c_noise.flatten()) - target)**2).mean((1, 2, 3))
+    torch.testing.assert_close(T.edm_loss(D, y, sigma, n), eq8, rtol=2e-3, atol=1e-5)
+
+
+def test_loss_takes_sigma_data_from_the_denoiser_also_per_channel():
+    y, s, n = torch.randn(3, 2, 4, 4, generator=gen()), torch.tensor([0.1, 1.0, 9.0]), torch.randn(3, 2, 4, 4, generator=gen(1))
+    one = T.edm_loss(Preconditioned(Zero(), sigma_data=0.5), y, s, n)
+    same = T.edm_loss(Preconditioned(Zero(), sigma_data=(0.5, 0.5)), y, s, n)
+    torch.testing.assert_close(one, same)
+    assert not torch.allclose(one, T.edm_loss(Preconditioned(Zero(), sigma_data=(0.5, 2.0)), y, s, n))
+    with pytest.raises(ValueError, match="one sigma per image"):
+        T.edm_loss(Preconditioned(Zero()), y, torch.ones(2), n)
+
+
+# --- noise levels -------------------------------------------------------------------------------------------------
+
+def test_quantiles_have_the_distributions_of_table_1():
+    n = 200_000
+    draw = lambda name: T.draw_sigma(T.QUANTILES[name], n, gen()).double()
+    ln = draw("lognormal").log()
+    assert ln.mean() == pytest.approx(-1.2, abs=0.01) and ln.std() == pytest.approx(1.2, abs=0.01)
+    ve = draw("ve").log()
+    assert ve.mean() == pytest.approx((math.log(0.02) + math.log(100)) / 2, abs=0.02)
+    assert ve.std() == pytest.approx((math.log(100) - math.log(0.02)) / math.sqrt(12), abs=0.02)
+    vp = draw("vp")
+    t = ((0.1**2 + 2*19.9*torch.log1p(vp**2)).sqrt() - 0.1) / 19.9
+    assert t.mean() == pytest.approx(0.5, abs=0.005) and t.std() == pytest.approx(1/math.sqrt(12), abs=0.005)
+    idd = draw("iddpm")
+    assert len(idd.unique()) <= 1000 and idd.min() > 0
+    levels, counts = idd.unique(return_counts=True)
+    assert len(levels) == 1000 and counts.min() > n/1000 * 0.6
+
+
+def test_quantiles_are_increasing_and_finite_at_the_ends():
+    u = torch.linspace(1e-16, 1 - 1e-16, 10_001, dtype=torch.float64).clamp(2e-16, 1 - 2e-16)
+    for name, quantile in T.QUANTILES.items():
+        sigma = quantile(u)
+        assert sigma.isfinite().all() and (sigma > 0).all(), name
+        assert (sigma.diff() >= 0).all(), name
+
+
+# --- averages and learning rate -----------------------------------------------------------------------------------
+
+def test_ema_halflife_and_beta_are_inverse_and_halve():
+    beta = T.ema_beta(512, 500_000, seen=10**9)
+    assert T.ema_halflife(beta, 512) == pytest.approx(500_000)
+    assert beta**(500_000 / 512) == pytest.approx(0.5)
+    assert T.ema_beta(100, 1000, seen=2000, rampup=0.05) == pytest.approx(0.5)     # ramp: half-life 100
+    assert T.ema_beta(100, 1000, seen=0) == 0.0
+
+
+def test_foreach_ema_equals_the_loop():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    ema, slow = T.EMA(net), [p.detach().clone() for p in net.parameters()]
+    for k in range(5):
+        with torch.no_grad():
+            for p in net.parameters(): p.add_(torch.randn(p.shape, generator=gen(k)))
+        beta = T.ema_beta(64, 500, 64 * k)
+        slow = [beta*a + (1 - beta)*p for a, p in zip(slow, net.parameters())]
+        ema.update(net, beta)
+    for a, b in zip(ema.averages.values(), slow): torch.testing.assert_close(a, b)
+    live = [p.clone() for p in net.parameters()]
+    import copy
+    ema.copy_to(copy.deepcopy(net))
+    assert all(torch.equal(a, b) for a, b in zip(live, net.parameters()))
+
+
+def test_learning_rate_ramp():
+    assert T.ramped_lr(1e-3, 5, 10) == pytest.approx(5e-4)
+    assert T.ramped_lr(1e-3, 50, 10) == T.ramped_lr(1e-3, 0, 0) == 1e-3
+
+
+# --- guidance -----------------------------------------------------------------------------------------------------
+
+def test_guidance_with_weight_zero_is_the_conditional_model_exactly():
+    cond = lambda x, sigma, **_: x * 0.3
+    def uncond(x, sigma, **_): raise AssertionError("must not be evaluated")
+    x = torch.randn(4, 1, 3, 3, generator=gen())
+    assert torch.equal(T.guided(cond, uncond, 0.0)(x, 1.0), cond(x, 1.0))
+
+
+def test_guidance_formula_interval_and_both_heun_stages():
+    calls = []
+    cond = lambda x, sigma, **_: 0.5 * x
+    def uncond(x, sigma, **_): calls.append(float(sigma)); return 0.2 * x
+    x, w = torch.randn(4, 1, 3, 3, generator=gen()), 1.5
+    torch.testing.assert_close(T.guided(cond, uncond, w)(x, torch.tensor(1.0)), (0.5 + w*0.3) * x)
+    limited = T.guided(cond, uncond, w, sigma_min=0.5, sigma_max=2.0)
+    torch.testing.assert_close(limited(x, 3.0), 0.5 * x)
+    sigma = torch.tensor([0.1, 1.0, 3.0, 2.0])
+    out = T.guided(cond, lambda x, s, **_: 0.2*x, w, 0.5, 2.0)(x, sigma)
+    torch.testing.assert_close(out, x * torch.tensor([0.5, 0.95, 0.5, 0.95])[:, None, None, None])
+    calls.clear()
+    from edm_nb.ode_solvers import edm_sigmas, sample_ode
+    sample_ode(T.guided(cond, uncond, w), x, edm_sigmas(4))
+    assert len(calls) == 2*4 - 1          # every evaluation of every Heun step
+
+
+def test_without_labels_hides_the_class_only():
+    seen = {}
+    def denoise(x, sigma, class_labels=None, **more): seen.update(more, class_labels=class_labels); return x
+    T.without_labels(denoise)(torch.zeros(1), 1.0, class_labels=torch.ones(1, 3), augment_labels=1)
+    assert seen == {"class_labels": None, "augment_labels": 1}
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+def test_configuration_round_trip_and_unknown_keys():
+    for name, config in T.PRESETS.items():
+        assert T.config_from(json.loads(T.config_json(config))) == config, name
+    with pytest.raises(ValueError, match=r"unknown keys \['batchsize'\].*known keys.*batch"):
+        T.config_from({"batchsize": 3})
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(sigma="normal"), "lognormal"), (dict(batch=0), "positive"), (dict(augment=1.5), "0 to 1"), (dict(precision="fp16"), "bf16"),
+    (dict(batch=10, micro_batch=3), "multiple"), (dict(conditional=False, label_dropout=0.1), "labels to drop")])
+def test_bad_configurations_say_what_is_wrong(change, words):
+    with pytest.raises(ValueError, match=words): T.TrainConfig(**change)
+
+
+def test_paper_presets_have_the_papers_numbers():
+    for arch in ("ddpmpp", "ncsnpp"):
+        for c in ("cond", "uncond"):
+            p = T.PRESETS[f"cifar10-{c}-{arch}"]
+            assert (p.images, p.batch, p.lr, p.lr_rampup, p.ema_halflife, p.ema_rampup, p.augment) == (
+                200_000_000, 512, 1e-3, 10_000_000, 500_000, 0.05, 0.12)
+            assert p.network["dropout"] == 0.13 and p.network["channel_mult"] == [2, 2, 2] and p.network["model_channels"] == 128
+            assert p.betas == (0.9, 0.999) and p.adam_eps == 1e-8 and p.conditional == (c == "cond") and not p.xflip
+    a = T.PRESETS["cifar10-baseline"]
+    assert (a.images, a.batch, a.lr, a.lr_rampup, a.ema_halflife, a.ema_rampup, a.xflip, a.augment) == (
+        200_000_000, 128, 2e-4, 640_000, 890_000, None, True, 0)
+    assert a.network["dropout"] == 0.10 and a.network["channel_mult"] == [1, 2, 2, 2] and a.sigma == "vp" and a.precond["scalings"] == "vp"
+
+
+def test_paper_presets_build_the_published_sizes():
+    "Parameter counts of the paper's CIFAR-10 networks, built on the meta device from the presets."
+    data = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), "c", tuple("abcdefghij"))
+    for name, count in {"cifar10-cond-ddpmpp": 55_735_299, "cifar10-uncond-ddpmpp": 55_733_891, "cifar10-cond-ncsnpp": 56_400_643}.items():
+        denoiser = T.build_denoiser(T.PRESETS[name], data)
+        assert sum(p.numel() for p in denoiser.parameters()) == count, name
+
+
+def test_each_ladder_row_keeps_the_rows_above():
+    rows = T.cifar10_ladder()
+    assert list(rows) == list("ABCDEF")
+    assert dataclasses.replace(rows["F"], expected={}) == dataclasses.replace(T.PRESETS["cifar10-cond-ddpmpp"], expected={})
+    changed = [{f.name for f in dataclasses.fields(b) if getattr(a, f.name) != getattr(b, f.name)} for a, b in zip(list(rows.values()), list(rows.values())[1:])]
+    assert changed[1] == {"network"} and changed[2] == {"precond"} and changed[3] == {"sigma", "weight"} and changed[4] == {"xflip", "augment"}
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+def weights(state):
+    return torch.cat([p.detach().flatten() for p in state.denoiser.parameters()])
+
+
+def last(config, **arguments):
+    for record in T.train(config, device="cpu", **arguments): pass
+    return record
+
+
+def test_training_is_a_function_of_its_configuration():
+    a, b = last(TOY), last(TOY)
+    assert torch.equal(weights(a.state), weights(b.state)) and a.loss == b.loss
+    assert not torch.equal(weights(a.state), weights(last(dataclasses.replace(TOY, seed=1)).state))
+
+
+def test_what_the_caller_draws_between_records_does_not_matter():
+    config = dataclasses.replace(TOY, network=dict(TOY.network, dropout=0.2))
+    quiet = weights(last(config).state)
+    for record in T.train(config, device="cpu"): torch.randn(17)
+    assert torch.equal(quiet, weights(record.state))
+
+
+@pytest.mark.parametrize("micro", [16, 32])
+def test_gradient_accumulation_equals_the_full_batch(micro):
+    data = digits()
+    def gradient(config):
+        state = T.new_state(config, data, torch.device("cpu"))
+        batch = T.make_batch(config, data, IndexStream(len(data), 1), 0, torch.device("cpu"))
+        T.backward(state.denoiser, state, batch)
+        return torch.cat([p.grad.flatten() for p in state.denoiser.parameters()])
+    config = dataclasses.replace(TOY, augment=0.5)
+    full, parts = gradient(config), gradient(dataclasses.replace(config, micro_batch=micro))
+    assert (full - parts).norm() <= 1e-6 * full.norm()
+
+
+def test_parts_of_a_batch_are_the_whole_batch():
+    "Two processes together draw what one draws: images, order, σ, noise, augmentation, dropped labels."
+    config, data = dataclasses.replace(TOY, augment=0.5, label_dropout=0.3, xflip=True), digits()
+    make = lambda rank, world: T.make_batch(config, data, IndexStream(len(data), 1), 128, torch.device("cpu"), rank, world)
+    whole, parts = make(0, 1), [make(0, 2), make(1, 2)]
+    for name in ("images", "sigma", "noise"):
+        torch.testing.assert_close(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name), rtol=0, atol=1e-6)
+    for k in whole.cond: assert torch.equal(torch.cat([p.cond[k] for p in parts]), whole.cond[k])
+    dropped = (whole.cond["class_labels"].sum(1) == 0).float().mean()
+    assert 0.1 < dropped < 0.5
+
+
+def test_digits_training_lowers_the_loss():
+    config = dataclasses.replace(TOY, images=6_400, log_every=640)
+    losses = [r.loss for r in T.train(config, device="cpu")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bf16_trains_close_to_fp32():
+    a, b = last(TOY), last(dataclasses.replace(TOY, precision="bf16"))
+    assert a.loss == pytest.approx(b.loss, rel=0.05)
+    assert next(b.state.denoiser.parameters()).dtype == torch.float32
+
+
+def test_unlabelled_data_and_conditional_configuration_is_an_error():
+    data = ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no labels"): next(T.train(TOY, data=data))
+
+
+def test_shrink_averages_blocks():
+    data = ImageSet(torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4) * 4)
+    assert T.shrink(data, 2).images.flatten().tolist() == [10, 18, 42, 50]
+    with pytest.raises(ValueError, match="divide"): T.shrink(data, 3)
+
+
+def test_import_is_light():
+    code = "import sys, edm_nb.training; print([m for m in ('sklearn', 'matplotlib', 'tensorboard', 'torchvision') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
