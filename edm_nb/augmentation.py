@@ -218,7 +218,7 @@ class AugmentPipe:
         draw = self.draw(len(images), generator, images.device)
         return apply(images, draw), draw.labels()
 
-# %% ../nbs/12_augmentation.ipynb #72ac6259
+# %% ../nbs/12_augmentation.ipynb #2bcbd4a7
 def check_images(images:Tensor,   # to be augmented
                 ) -> None:
     "Refuse what is not a batch of float images."
@@ -226,15 +226,16 @@ def check_images(images:Tensor,   # to be augmented
         raise ValueError(f"expected float images [B, C, H, W], got {images.dtype} {tuple(images.shape)}; "
                          "convert uint8 with edm_nb.data.to_float")
 
-def apply(images:Tensor,   # float `[B, C, H, W]`
-          draw:Draw,       # what to do with each
-         ) -> Tensor:      # `[B, C, H, W]`, same dtype and device
+def apply(images:Tensor,          # float `[B, C, H, W]`
+          draw:Draw,              # what to do with each
+          select:bool|None=None,  # warp only where needed (the host looks); default: on the CPU
+         ) -> Tensor:             # `[B, C, H, W]`, same dtype and device
     "Carry out a draw: flips by copying pixels, the rest by one warp."
     for flip, axis in ((draw.xflip, 3), (draw.yflip, 2)):
         images = torch.where(flip[:, None, None, None] > 0, images.flip(axis), images)
     precise = images if images.dtype == torch.float64 else images.float()
     inverse, chosen = inverse_map(draw, *images.shape[2:]), draw.warps()
-    if images.device.type == "cpu":     # looking at `chosen` costs nothing here: warp only where needed
+    if images.device.type == "cpu" if select is None else select:
         where = chosen.nonzero()[:, 0]
         return images.index_copy(0, where, warp(precise[where], inverse[where]).to(images.dtype))
     return torch.where(chosen[:, None, None, None], warp(precise, inverse).to(images.dtype), images)
