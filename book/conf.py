@@ -2,7 +2,7 @@
 import configparser
 from pathlib import Path
 
-import jupyter_server_mathjax
+import mathjax
 
 HERE = Path(__file__).resolve().parent
 settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
@@ -22,12 +22,9 @@ myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header"]
 
-# MathJax travels with the site, so that formulas appear without a network.
-html_static_path = [str(HERE / "_static"), str(Path(jupyter_server_mathjax.__file__).parent / "static")]
-mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorML-full"
-mathjax2_config = {"tex2jax": {"inlineMath": [["\\(", "\\)"]], "displayMath": [["\\[", "\\]"]]},
-                   "messageStyle": "none", "showMathMenu": False,
-                   "HTML-CSS": {"availableFonts": [], "preferredFont": None, "imageFont": None, "webFont": "STIX-Web"}}
+# MathJax travels with the site, in one file with its glyphs as paths: formulas appear without a network.
+html_static_path = [str(HERE / "_static"), str(Path(mathjax.__file__).parent / "static/mathjax/es5/tex-svg.js")]
+mathjax_path = "tex-svg.js"
 
 html_theme = "sphinx_book_theme"
 html_title = "edm_nb"
