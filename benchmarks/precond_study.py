@@ -24,8 +24,16 @@ from edm_nb.data import digits, to_float
 from edm_nb.framework import IdealDenoiser
 from edm_nb.metrics import FeatureStats, frechet_distance
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
-from edm_nb.preconditioning import (Preconditioned, edm_scalings, estimate_sigma_data, flow_scalings, iddpm_scalings,
-                                    v_scalings, ve_scalings, vp_scalings)
+from edm_nb.preconditioning import (
+    Preconditioned,
+    edm_scalings,
+    estimate_sigma_data,
+    flow_scalings,
+    iddpm_scalings,
+    v_scalings,
+    ve_scalings,
+    vp_scalings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BLUR = 0.1
@@ -78,12 +86,12 @@ def with_c_noise(function):
 
 def runs(sigma_data):
     "name -> arguments of Preconditioned"
-    rows = dict(edm=edm_scalings, vp=vp_scalings, ve=ve_scalings, iddpm=iddpm_scalings, v=v_scalings, flow=flow_scalings)
-    table = {f"row {name}": dict(scalings=f, sigma_data=sigma_data) for name, f in rows.items()}
+    rows = {"edm": edm_scalings, "vp": vp_scalings, "ve": ve_scalings, "iddpm": iddpm_scalings, "v": v_scalings, "flow": flow_scalings}
+    table = {f"row {name}": {"scalings": f, "sigma_data": sigma_data} for name, f in rows.items()}
     for factor in (0.1, 0.3, 3.0, 10.0):
-        table[f"sigma_data x{factor:g}"] = dict(scalings=edm_scalings, sigma_data=factor * sigma_data)
+        table[f"sigma_data x{factor:g}"] = {"scalings": edm_scalings, "sigma_data": factor * sigma_data}
     for name, f in {"sigma": lambda s: s, "ln sigma": lambda s: s.log(), "constant": torch.zeros_like}.items():
-        table[f"c_noise {name}"] = dict(scalings=with_c_noise(f), sigma_data=sigma_data)
+        table[f"c_noise {name}"] = {"scalings": with_c_noise(f), "sigma_data": sigma_data}
     return table
 
 
@@ -127,9 +135,9 @@ def evaluate(denoise, data, n, n_samples):
     samples = sample_ode(denoise, noise, edm_sigmas(18, 0.01, 80.0))
     target = FeatureStats(64).update(data.draw(50_000, generator).double())
     reached = FeatureStats(64).update(samples.double().clamp(-3, 3))
-    return dict(sigmas=sigmas, error=errors, f_error=f_errors, sample_std=samples.std().item(),
-                frechet=float(frechet_distance(reached.mean, reached.cov, target.mean, target.cov)),
-                samples=(samples[:16] * 127.5 + 128).clamp(0, 255).to(torch.uint8).tolist())
+    return {"sigmas": sigmas, "error": errors, "f_error": f_errors, "sample_std": samples.std().item(),
+                "frechet": float(frechet_distance(reached.mean, reached.cov, target.mean, target.cov)),
+                "samples": (samples[:16] * 127.5 + 128).clamp(0, 255).to(torch.uint8).tolist()}
 
 
 def write(path, result):
@@ -164,10 +172,10 @@ def main():
     data = BlurredDigits()
     drawn = data.draw(200_000, torch.Generator().manual_seed(0))
     sigma_data = estimate_sigma_data(drawn.split(10_000)).std
-    result = dict(date=datetime.date.today().isoformat(), hardware=f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
-                  versions=dict(python=platform.python_version(), torch=torch.__version__), seeds=list(range(args.seeds)),
-                  steps=args.steps, batch=args.batch, n=args.n, n_samples=args.samples, blur=BLUR, sigma_data=sigma_data,
-                  parameters=sum(p.numel() for p in MLP().parameters()), runs={})
+    result = {"date": datetime.date.today().isoformat(), "hardware": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seeds": list(range(args.seeds)),
+                  "steps": args.steps, "batch": args.batch, "n": args.n, "n_samples": args.samples, "blur": BLUR, "sigma_data": sigma_data,
+                  "parameters": sum(p.numel() for p in MLP().parameters()), "runs": {}}
     for name, settings in runs(sigma_data).items():
         entries = []
         for seed in range(args.seeds):
