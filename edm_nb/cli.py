@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'app', 'Out', 'Overwrite', 'Device', 'Batch', 'Classes', 'Steps', 'SigmaMin', 'SigmaMax', 'Rho', 'Solver',
-           'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'FeatureName', 'UsageError', 'friendly',
-           'free_path', 'write_json', 'parse_numbers', 'Sampling', 'load_model', 'image_shape', 'seed_labels',
-           'generate', 'collect', 'report', 'generate_all', 'read_config', 'describe', 'follow', 'prepare_run', 'train',
-           'write_images', 'write_folder', 'sample', 'halves_distance', 'demo', 'convert', 'main']
+           'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'FeatureName', 'Weights', 'NAMED_SETS',
+           'UsageError', 'friendly', 'free_path', 'write_json', 'parse_numbers', 'Sampling', 'load_model',
+           'image_shape', 'seed_labels', 'generate', 'collect', 'report', 'generate_all', 'read_config', 'describe',
+           'follow', 'prepare_run', 'train', 'write_images', 'write_folder', 'sample', 'feature_network', 'image_stats',
+           'source_shape', 'stats', 'is_model', 'model_score', 'fid', 'halves_distance', 'demo', 'convert', 'main']
 
 # %% ../nbs/15_cli.ipynb #b2118039
 import functools, json, math, os, re, shutil, sys, tempfile, time
@@ -21,11 +22,12 @@ import typer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/15_cli.ipynb #ce5caccd
+# %% ../nbs/15_cli.ipynb #7b51bb72
 from . import checkpoints
 from .data import ImageSet, cifar10, digits, load_images, one_hot, to_uint8, write_zip
 from .figures import save_png
-from .metrics import feature_stats, frechet_distance, pixels
+from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_stats, frechet_distance, inception, measure, pixels,
+                            reference_stats, sampling_cost, save_stats, stats_distance)
 from .ode_solvers import edm_sigmas, euler, heun, rk2
 from .preconditioning import Preconditioned, iddpm_scalings
 from .stochastic import Churn, SeededNoise, sample as draw
@@ -36,13 +38,13 @@ from .training import (PRESETS, TrainConfig, TrainingDiverged, config_from, guid
 class UsageError(ValueError):
     "An argument that cannot be used; the message says what was expected."
 
-# %% ../nbs/15_cli.ipynb #d625fda0
+# %% ../nbs/15_cli.ipynb #da481acd
 def friendly(command):
     "Turn the errors that a user can mend into one line and exit code 2."
     @functools.wraps(command)
     def run(*args, **kwargs):
         try: return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, TrainingDiverged) as error:
             typer.echo(f"edm-nb: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
@@ -200,7 +202,7 @@ def generate_all(team,                       # from `join_team`
             yield part, images, labels
             bar.update(len(part))
 
-# %% ../nbs/15_cli.ipynb #234646b8
+# %% ../nbs/15_cli.ipynb #32edd09e
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Diffusion models by the book: train, sample, measure.")
 Out = Annotated[Path, typer.Option("--out", help="where the result goes; an existing one is kept unless --overwrite is given")]
@@ -220,6 +222,7 @@ SNoise = Annotated[float, typer.Option("--S-noise", help="standard deviation of 
 Guidance = Annotated[float, typer.Option("--guidance", help="w: 0 is none, 1 doubles the difference to the guide")]
 Guide = Annotated[Optional[Path], typer.Option("--guide", help="a weaker model (autoguidance); default: the same model without label")]
 FeatureName = Annotated[str, typer.Option("--features", help="pixels, cifar-features, or inception (the network of published FIDs)")]
+Weights = Annotated[Optional[Path], typer.Option("--weights", help="a local file of the Inception weights; default: download")]
 
 # %% ../nbs/15_cli.ipynb #c485fd43
 def read_config(preset:str) -> TrainConfig:   # a name of PRESETS, or the path of a JSON file
@@ -319,6 +322,92 @@ def sample(model:Annotated[Path, typer.Argument(help="a checkpoint or a run fold
             images, labels = zip(*(by_seed[seed] for seed in numbers))
             write_images(out, numbers, torch.stack(images), None if labels[0] is None else torch.stack(labels))
         report(team, f"wrote {out}")
+
+# %% ../nbs/15_cli.ipynb #8cc41931
+NAMED_SETS = {"digits": digits, "cifar10": cifar10, "cifar10-test": functools.partial(cifar10, "test")}
+
+def feature_network(name:str, shape:tuple, weights:Path|None=None, device:str|torch.device="cpu"):   # a feature network
+    "A feature network by the name that results carry."
+    if name == "pixels": return pixels(shape)
+    if name == "cifar-features": return cifar_features(device)
+    if name == "inception": return inception(weights, device=device)
+    raise UsageError(f"--features {name!r}: expected pixels, cifar-features or inception")
+
+def image_stats(source:str, features, batch:int=256) -> FeatureStats:
+    "Statistics of a named set, of images on disk, or of a statistics file."
+    if source in NAMED_SETS: return feature_stats(NAMED_SETS[source](), features, batch)
+    return reference_stats(source, features, batch)
+
+def source_shape(source:str) -> tuple[int, int, int]:   # C, H, W
+    "The shape of the images behind a name, a path or a statistics file; the file has to be of image features."
+    if Path(source).suffix == ".npz" and Path(source).is_file():
+        with np.load(source, allow_pickle=False) as file:
+            if "mu" in file.files: return (len(file["mu"]), 1, 1)
+    return tuple((NAMED_SETS[source]() if source in NAMED_SETS else load_images(source)).images.shape[1:])
+
+# %% ../nbs/15_cli.ipynb #c1bcff76
+@app.command(epilog="Example:  edm-nb stats cifar10-train.zip --features cifar-features --out c10.npz")
+@friendly
+def stats(images:Annotated[str, typer.Argument(help="digits, cifar10, cifar10-test, a zip, a folder or an npz")], out:Out,
+          features:FeatureName="cifar-features", weights:Weights=None, batch:Batch=256, device:Device=None, overwrite:Overwrite=False):
+    "Feature statistics of a set of images, as an .npz with the keys mu and sigma."
+    free_path(out, overwrite)
+    with join_team(device) as team:
+        network = feature_network(features, source_shape(images), weights, team.device)
+        found = image_stats(images, network, batch)
+        if team.rank == 0: save_stats(out, found)
+        report(team, f"wrote {out}: {found.n} images, {network.dim} features ({network.name})")
+
+# %% ../nbs/15_cli.ipynb #3ab0f1fb
+def is_model(source:str) -> bool:
+    "Whether a path is a checkpoint or a run folder, and not images."
+    path = Path(source)
+    return path.suffix == ".safetensors" or (path.is_dir() and (path/"model.safetensors").exists())
+
+def model_score(team, source:str, ref:str, features:str, weights:Path|None, n:int, repeats:int, seed:int, batch:int,
+                sampling:Sampling, classes:list[int]|None, guide:Path|None):   # a `Score`
+    "Draw, count, compare: `metrics.measure` with a model of ours, its cost printed first."
+    denoise, weaker = load_model(Path(source), team.device), load_model(guide, team.device) if guide else None
+    network = feature_network(features, image_shape(denoise), weights, team.device)
+    def draw_seeds(seeds): return next(generate(denoise, seeds.tolist(), sampling, classes, len(seeds), weaker))[1].to(team.device)
+    cost = sampling_cost(n, sampling.nfe, repeats, draw_seeds, batch)
+    report(team, f"{repeats} × {n} images × {sampling.nfe} evaluations = {cost['evaluations']:,} evaluations, about {cost['seconds']:.0f} s")
+    reference = image_stats(ref, network, batch)
+    about = dict(sampler=json.dumps(asdict(sampling)), nfe=sampling.nfe, ema=Path(source).name)
+    with tqdm(total=n*repeats, unit="img", disable=team.rank > 0, desc="measuring") as bar:
+        for step in measure(draw_seeds, reference, network, n, repeats, seed, batch, ref, **about):
+            if isinstance(step, Score): return step
+            bar.update(step["done"] - bar.n)
+
+# %% ../nbs/15_cli.ipynb #6c82eb77
+@app.command(epilog="Example:  edm-nb fid runs/c10 --ref cifar10-train.zip --n 50000 --out distance.json    |    "
+                    "edm-nb fid samples.zip --ref c10.npz --features cifar-features --out distance.json")
+@friendly
+def fid(source:Annotated[str, typer.Argument(help="a checkpoint, a run folder, images (zip, folder, npz) or a statistics file")],
+        ref:Annotated[str, typer.Option("--ref", help="digits, cifar10, cifar10-test, images, or a statistics file")], out:Out,
+        features:FeatureName="cifar-features", weights:Weights=None,
+        n:Annotated[int, typer.Option("--n", min=2, help="images per repetition, for a model")]=50_000,
+        repeats:Annotated[int, typer.Option("--repeats", min=1, help="ranges of seeds, for a model")]=3,
+        seed:Annotated[int, typer.Option("--seed", min=0, help="first seed, for a model")]=0,
+        classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=0.002, sigma_max:SigmaMax=80.0, rho:Rho=7.0, solver:Solver="heun",
+        S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf, S_noise:SNoise=1.0,
+        guidance:Guidance=0.0, guide:Guide=None, batch:Batch=256, device:Device=None, overwrite:Overwrite=False):
+    "Fréchet distance of a model or of images against a reference, with the protocol it was measured by."
+    sampling = Sampling(steps, sigma_min, sigma_max, rho, solver, S_churn, S_tmin, S_tmax, S_noise, guidance)
+    free_path(out, overwrite)
+    with join_team(device) as team:
+        if is_model(source):
+            wanted = parse_numbers(classes, "--classes") if classes else None
+            score = model_score(team, source, ref, features, weights, n, repeats, seed, batch, sampling, wanted, guide)
+        else:
+            network = feature_network(features, source_shape(source), weights, team.device)
+            ours, reference = image_stats(source, network, batch), image_stats(ref, network, batch)
+            if ours.n is None: raise UsageError(f"{source} does not say how many images it was made of, so no protocol can be written")
+            score = Score((stats_distance(ours, reference),), Protocol(network.name, network.hash, ours.n, ref, reference_n=reference.n,
+                                                                       sampler=Path(source).stem))
+        if team.rank == 0: write_json(out, score.to_dict())
+        spread = f" (mean of {len(score.values)}: {', '.join(f'{v:.3f}' for v in score.values)})" if len(score.values) > 1 else ""
+        report(team, f"{score.name}: {score.mean:.4f}{spread}; {out}")
 
 # %% ../nbs/15_cli.ipynb #7011cdf9
 def halves_distance(images:Tensor,     # uint8 `[N, C, H, W]`

@@ -138,8 +138,8 @@ def test_stats_and_fid_agree_with_the_functions(tmp_path):
         one, two = feature_stats(data.images[:900], pixels()), feature_stats(data.images, pixels())
         expected = frechet_distance(one.mean, one.cov, two.mean, two.cov)
         result = json.loads(out.read_text())
-        assert result["distance"] == pytest.approx(expected, rel=1e-9)
-        assert result["protocol"]["features"] == "pixels" and result["protocol"]["n"] == 900
+        assert result["mean"] == pytest.approx(expected, rel=1e-9)
+        assert result["protocol"]["features"] == "pixels-1x8x8" and result["protocol"]["n"] == 900
 
 
 def test_fid_of_a_model_reports_three_seed_ranges(model, tmp_path):
@@ -147,7 +147,7 @@ def test_fid_of_a_model_reports_three_seed_ranges(model, tmp_path):
                   "--device", "cpu")
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "d.json").read_text())
-    assert len(result["distances"]) == 3 and len(set(result["distances"])) == 3
-    assert result["min"] == min(result["distances"]) and result["mean"] == pytest.approx(sum(result["distances"]) / 3)
+    assert len(set(result["values"])) == 3
+    assert result["min"] == min(result["values"]) and result["mean"] == pytest.approx(sum(result["values"]) / 3)
     assert result["protocol"]["nfe"] == 5
     assert "evaluations" in done.output
