@@ -1,0 +1,476 @@
+"""Metrics: closed forms, identities, refusals, and two processes."""
+import hashlib
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edm_nb import metrics as M
+from edm_nb.data import find_cifar10
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=gen(seed), dtype=torch.float64)
+
+
+def pair(d, decades, rank=None, seed=0):
+    "Σ₁, Σ₂ = TΣ₁T and their exact distance tr (T−I)Σ₁(T−I)."
+    q, r = (torch.linalg.qr(randn(d, d, seed=seed + i))[0] for i in range(2))
+    spectrum = torch.logspace(0, -decades, d, dtype=torch.float64)
+    if rank: spectrum[rank:] = 0
+    cov, t = (q*spectrum) @ q.T, (r*torch.linspace(0.5, 1.5, d, dtype=torch.float64)) @ r.T
+    cov, t = (cov + cov.T)/2, (t + t.T)/2
+    other, move = t @ cov @ t, t - torch.eye(d, dtype=torch.float64)
+    return cov, (other + other.T)/2, (move @ cov @ move).trace().item()
+
+
+# --- the distance ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("decades,rank", [(0, None), (2, None), (6, None), (10, None), (2, 10), (2, 1), (0, 63)])
+def test_distance_equals_closed_form(decades, rank):
+    a, b, exact = pair(64, decades, rank)
+    mean = randn(64, seed=9)
+    value = M.frechet_distance(mean, a, mean*0, b)
+    size = (a.trace() + b.trace() + mean.square().sum()).item()
+    assert abs(value - exact - mean.square().sum().item()) < 1e-12*size
+
+
+def test_one_dimension_by_hand():
+    # N(1, 4) and N(3, 9): (1 − 3)² + (2 − 3)²
+    assert M.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(5, rel=1e-14)
+
+
+def test_commuting_covariances_by_hand():
+    a, b = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([9.0, 4.0, 16.0])
+    assert M.frechet_distance(torch.zeros(3), a.diag(), torch.zeros(3), b.diag()) == pytest.approx(4 + 0 + 16, rel=1e-13)
+
+
+@pytest.mark.parametrize("d", [5, 48])
+def test_matches_matrix_square_root(d):
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = (torch.cov(randn(d, 4*d, seed=s)) for s in (1, 2))
+    reference = (a.trace() + b.trace()).item() - 2*np.trace(linalg.sqrtm((a @ b).numpy())).real
+    assert M.frechet_distance(torch.zeros(d), a, torch.zeros(d), b) == pytest.approx(reference, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("n", [3, 20, 500])
+def test_identical_statistics_are_at_zero(n, scale):
+    x = scale*randn(n, 40)
+    cov = torch.cov(x.T)
+    assert M.frechet_distance(x.mean(0), cov, x.mean(0), cov) <= 1e-12*max(cov.trace().item(), 1e-30)
+
+
+def test_symmetric_and_unaffected_by_rotation():
+    a, b, exact = pair(20, 3)
+    q = torch.linalg.qr(randn(20, 20, seed=5))[0]
+    zero = torch.zeros(20)
+    assert M.frechet_distance(zero, a, zero, b) == pytest.approx(M.frechet_distance(zero, b, zero, a), rel=1e-11)
+    assert M.frechet_distance(zero, q @ a @ q.T, zero, q @ b @ q.T) == pytest.approx(exact, rel=1e-11)
+
+
+def test_point_masses_and_disjoint_supports():
+    zero = torch.zeros(4, 4)
+    assert M.frechet_distance(torch.ones(4), zero, torch.zeros(4), zero) == 4
+    one, two = torch.tensor([1.0, 1, 0, 0]).diag(), torch.tensor([0.0, 0, 2, 2]).diag()
+    assert M.frechet_distance(torch.zeros(4), one, torch.zeros(4), two) == pytest.approx(6, abs=1e-12)
+
+
+def test_every_route_agrees_with_the_others():
+    a, b, exact = pair(40, 2)
+    l, m = M.cholesky_factor(a), M.cholesky_factor(b)
+    routes = [M.root_trace_fast(a, b), torch.linalg.svdvals(l.T @ m).sum(),
+              torch.linalg.svdvals(M.eigen_factor(a).T @ M.eigen_factor(b)).sum()]
+    for route in routes: assert route.item() == pytest.approx(M.root_trace(a, b).item(), rel=1e-13)
+
+
+def test_fast_route_declines_where_it_would_lose_digits():
+    thin, full, _ = pair(40, 2, rank=10)[0], *pair(40, 2)[1:]
+    assert M.root_trace_fast(thin, full) is None and M.root_trace_fast(full, thin) is None
+    assert M.cholesky_factor(thin) is None and M.eigen_factor(thin).shape == (40, 10)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(mean2=torch.zeros(3), cov2=torch.eye(3)), "feature dimensions differ: 4 and 3"),
+    (dict(cov1=torch.eye(3)), r"expected mean \[d\]"),
+    (dict(mean1=torch.tensor([0, 0, 0, math.nan])), "NaN or infinity"),
+    (dict(cov2=torch.eye(4)*math.inf), "NaN or infinity"),
+    (dict(cov1=torch.eye(4) + torch.ones(4, 4).triu(1)), "not symmetric"),
+    (dict(cov1=-torch.eye(4)), "not a covariance"),
+])
+def test_bad_statistics_are_refused(change, message):
+    good = dict(mean1=torch.zeros(4), cov1=torch.eye(4), mean2=torch.zeros(4), cov2=torch.eye(4))
+    with pytest.raises(ValueError, match=message): M.frechet_distance(**(good | change))
+
+
+# --- streaming ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sizes", [[300], [1]*300, [7]*42 + [6], [299, 1]])
+@pytest.mark.parametrize("rows", [1, 64, 10_000])
+def test_any_split_gives_the_same(sizes, rows):
+    x = randn(300, 9) + 100
+    stats = M.FeatureStats(9, rows=rows)
+    for batch in x.split(sizes): stats.update(batch)
+    assert stats.n == 300
+    torch.testing.assert_close(stats.mean, x.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.cov, torch.cov(x.T), rtol=1e-10, atol=1e-10)
+    assert torch.equal(stats.cov, stats.cov.T)
+
+
+def test_blocks_cover_the_whole_matrix():
+    x = randn(40, 600)
+    torch.testing.assert_close(M.FeatureStats(600).update(x).cov, torch.cov(x.T), rtol=1e-10, atol=1e-12)
+
+
+def test_merge_is_like_one_stream():
+    x = randn(100, 6) + torch.arange(100)[:, None]          # parts with very different means
+    parts = [M.FeatureStats(6).update(p) for p in x.split([1, 30, 69])]
+    total = M.FeatureStats(6)
+    for part in parts: total.merge(part)
+    torch.testing.assert_close(total.cov, torch.cov(x.T), rtol=1e-12, atol=1e-10)
+    assert total.n == 100 and parts[1].n == 30
+    twice = M.FeatureStats(6).update(x); twice.merge(twice)
+    torch.testing.assert_close(twice.cov, torch.cov(torch.cat([x, x]).T), rtol=1e-12, atol=1e-10)
+    assert twice.n == 200
+
+
+def test_updated_features_may_be_overwritten():
+    x = randn(10, 3).float()
+    kept, stats = x.clone(), M.FeatureStats(3)
+    stats.update(x); x.zero_()
+    torch.testing.assert_close(stats.mean, kept.double().mean(0))
+
+
+def test_statistics_refuse_bad_input():
+    stats = M.FeatureStats(3, "a", "1")
+    with pytest.raises(ValueError, match="no features yet"): stats.mean
+    stats.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least 2 samples"): stats.cov
+    for bad, message in ((torch.zeros(2, 4), r"\[B, 3\]"), (torch.zeros(2, 3, dtype=torch.uint8), "float features"),
+                         (torch.full((1, 3), math.nan), "NaN")):
+        with pytest.raises(ValueError, match=message): stats.update(bad)
+    assert stats.n == 1
+    with pytest.raises(ValueError, match="different features"): stats.merge(M.FeatureStats(3, "a", "2"))
+    with pytest.raises(ValueError, match="without a sample count"): stats.merge(M.moments_stats(torch.zeros(3), torch.eye(3), None, "a", "1"))
+
+
+def test_files(tmp_path):
+    stats = M.FeatureStats(5, "net", "abc").update(randn(30, 5))
+    back = M.FeatureStats.load(stats.save(tmp_path/"sub"/"s.npz"))
+    assert (back.n, back.name, back.hash) == (30, "net", "abc") and torch.equal(back.mean, stats.mean)
+    torch.testing.assert_close(back.cov, stats.cov, rtol=1e-14, atol=0)
+    torch.testing.assert_close(back.update(randn(7, 5, seed=3)).cov, torch.cov(torch.cat([randn(30, 5), randn(7, 5, seed=3)]).T), rtol=1e-10, atol=1e-12)
+    np.savez(tmp_path/"ref.npz", mu=np.zeros(5), sigma=np.eye(5))        # the published form
+    assert M.load_stats(tmp_path/"ref.npz").n is None
+    np.savez(tmp_path/"wrong.npz", images=np.zeros(5))
+    with pytest.raises(ValueError, match="'mu' and 'sigma'"): M.load_stats(tmp_path/"wrong.npz")
+    with pytest.raises(FileNotFoundError): M.load_stats(tmp_path/"none.npz")
+    assert [p.name for p in (tmp_path/"sub").iterdir()] == ["s.npz"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path/"x.npz"
+    path.write_bytes(b"old")
+    def fails(file): file.write(b"half"); raise OSError("disk full")
+    with pytest.raises(OSError): M.write_atomic(path, fails)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_distance_of_statistics_warns_and_refuses():
+    a, b = M.FeatureStats(8, "x", "1").update(randn(5, 8)), M.FeatureStats(8, "x", "1").update(randn(50, 8, seed=1))
+    with pytest.warns(UserWarning, match="5 samples for 8-dimensional"): M.stats_distance(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert M.stats_distance(b, b) < 1e-8
+    with pytest.raises(ValueError, match="different feature networks"): M.stats_distance(b, M.FeatureStats(8, "x", "2").update(randn(50, 8)))
+
+
+def _process(rank, world, folder):
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    part = M.FeatureStats(4, "x", "1").update(randn(101, 4)[rank::world])
+    total = M.gather_stats(part)
+    assert part.n == len(range(rank, 101, world))
+    sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
+    net = M.pixels((1, 2, 2))
+    reference = M.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash)
+    *_, score = M.measure(sample, reference, net, n=21, repeats=2, batch_size=4)
+    torch.save(dict(mean=total.mean, cov=total.cov, n=total.n, values=score.values), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    torch.multiprocessing.spawn(_process, (2, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path/f"{r}.pt", weights_only=True) for r in range(2))
+    assert torch.equal(a["cov"], b["cov"]) and a["n"] == 101 and a["values"] == b["values"]
+    torch.testing.assert_close(a["cov"], torch.cov(randn(101, 4).T), rtol=1e-12, atol=1e-12)
+    sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
+    net = M.pixels((1, 2, 2))
+    *_, score = M.measure(sample, M.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash), net, n=21, repeats=2, batch_size=5)
+    assert a["values"] == pytest.approx(score.values, rel=1e-12)
+
+
+def test_one_process_needs_no_group():
+    stats = M.FeatureStats(4).update(randn(10, 4))
+    torch.testing.assert_close(M.gather_stats(stats).cov, stats.cov, rtol=1e-12, atol=1e-14)
+    assert M.world() == (0, 1)
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------------
+
+def test_quantise_is_the_published_rule():
+    x = torch.linspace(-1, 1, 1001, dtype=torch.float64).view(1, 1, 1, -1)
+    expected = np.clip(x.numpy()*127.5 + 128, 0, 255).astype(np.uint8)
+    assert (M.quantise(x).numpy() == expected).all()
+    assert M.quantise(torch.tensor([-1.0, 0, 1]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+    assert M.quantise(torch.tensor([-1.5, 1.5]).view(1, 1, 1, 2), clip=True).flatten().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("images,message", [
+    (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "bytes need no quantising"),
+    (torch.full((1, 1, 2, 2), 200.0), "bytes stored as floats"),
+    (torch.full((1, 1, 2, 2), 1.01), r"leave \[-1, 1\]"),
+    (torch.full((1, 1, 2, 2), math.nan), "NaN"),
+])
+def test_quantise_refuses(images, message):
+    with pytest.raises(ValueError, match=message): M.quantise(images)
+
+
+def test_bytes_as_floats_are_refused_even_with_clip():
+    with pytest.raises(ValueError, match="bytes stored as floats"): M.quantise(torch.full((1, 1, 2, 2), 200.0), clip=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_no_image_is_dropped(batch_size):
+    images = torch.randint(256, (10, 1, 3, 3), generator=gen()).byte()
+    stats = M.feature_stats(images, M.pixels((1, 3, 3)), batch_size)
+    assert stats.n == 10 and stats.name == "pixels-1x3x3"
+    torch.testing.assert_close(stats.mean, (images.flatten(1).double()/127.5 - 1).mean(0), atol=1e-6, rtol=0)
+    assert len(M.extract([images, images[:3]], M.pixels((1, 3, 3)), batch_size)) == 13
+
+
+def test_feature_networks_take_bytes_only():
+    for bad, message in ((torch.zeros(2, 1, 8, 8), "uint8"), (torch.zeros(2, 64, dtype=torch.uint8), r"\[B, C, H, W\]"),
+                         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"reads images \(1, 8, 8\)")):
+        with pytest.raises(ValueError, match=message): M.pixels()(bad)
+
+
+# --- the shipped network ------------------------------------------------------------------------------------------------
+
+def test_shipped_network_matches_its_record():
+    record, net = M.cifar_features_record(), M.cifar_features()
+    path = M.assets()/"cifar_features.safetensors"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"] == net.hash
+    assert path.stat().st_size <= 4e6 and record["test_accuracy"] >= 0.88 and net.dim == 256
+    assert {"seed", "seconds", "hardware", "versions", "date", "data", "n_train", "n_test"} <= set(record)
+
+
+def test_features_do_not_depend_on_the_batch():
+    net, images = M.cifar_features(), torch.randint(256, (9, 3, 32, 32), generator=gen()).byte()
+    together, alone = net(images), torch.cat([net(i[None]) for i in images])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert torch.equal(net(images), together) and together.shape == (9, 256) and together.dtype == torch.float32
+
+
+def test_shipped_network_refuses_other_sizes():
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"): M.cifar_features()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_damaged_weights_are_noticed(tmp_path, monkeypatch):
+    source = M.assets()
+    for name in ("cifar_features.safetensors", "cifar_features.json"): (tmp_path/name).write_bytes((source/name).read_bytes())
+    data = bytearray((tmp_path/"cifar_features.safetensors").read_bytes()); data[-1] ^= 1
+    (tmp_path/"cifar_features.safetensors").write_bytes(data)
+    monkeypatch.setattr(M, "assets", lambda: tmp_path)
+    with pytest.raises(ValueError, match="training record"): M.cifar_features()
+
+
+@pytest.mark.cifar
+@pytest.mark.skipif(find_cifar10("test") is None, reason="set EDM_NB_CIFAR10")
+def test_shipped_network_classifies():
+    from edm_nb.data import cifar10
+    test, net = cifar10("test").take(slice(0, 1000)), M.cifar_features()
+    right = torch.cat([net.logits(b).argmax(1) for b in test.images.split(250)]) == test.labels
+    assert right.double().mean() > 0.85                      # 0.88 on all 10,000; n = 1000 has a standard error of 0.01
+
+
+@pytest.mark.cifar
+@pytest.mark.skipif(find_cifar10("test") is None, reason="set EDM_NB_CIFAR10")
+def test_damage_raises_the_distance():
+    from edm_nb.data import cifar10
+    images, net = cifar10("test").images[:1600], M.cifar_features()
+    reference = M.feature_stats(images[800:], net)
+    probe = images[:800]
+    ladders = {"noise": [M.add_noise(probe, l, gen()) for l in (0, 0.05, 0.2)], "blur": [M.blur(probe, l) for l in (0, 0.8, 2)],
+               "jpeg": [probe, M.jpeg(probe, 20), M.jpeg(probe, 4)]}
+    for name, ladder in ladders.items():
+        values = [M.stats_distance(M.feature_stats(x, net), reference) for x in ladder]
+        assert M.monotone([0, 1, 2], values), (name, values)
+
+
+# --- inception ----------------------------------------------------------------------------------------------------------
+
+def test_missing_extra_is_explained(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ImportError, match=r"edm_nb\[fid\]"): M.inception()
+
+
+def test_only_the_known_weights_are_opened(tmp_path):
+    path = tmp_path/"weights.pth"
+    path.write_bytes(b"not the weights")
+    with pytest.raises(ValueError, match="not the published Inception"): M.inception_weights(path)
+    assert M.inception_weights(path, hashlib.sha256(b"not the weights").hexdigest()) == path
+    with pytest.raises(FileNotFoundError, match="no Inception weights"): M.inception_weights(tmp_path/"none.pth")
+
+
+def test_names_never_say_fid_for_another_network():
+    assert M.metric_name("inception") == "FID"
+    for name in ("cifar-features", "pixels-1x8x8"): assert "FID" not in M.metric_name(name) and name in M.metric_name(name)
+
+
+# --- n, KID, precision and recall, neighbours -----------------------------------------------------------------------------
+
+def test_extrapolation_recovers_a_line():
+    sizes = [100, 200, 400, 1000]
+    line = M.extrapolate(sizes, [3 + 50/n for n in sizes])
+    assert line.value == pytest.approx(3) and line.slope == pytest.approx(50) and line.error < 1e-10
+    with pytest.raises(ValueError, match="at least 3 different sizes"): M.extrapolate([10, 10, 20], [1, 1, 1])
+
+
+def test_kid_equals_the_sum_over_pairs():
+    a, b = randn(7, 3), randn(5, 3, seed=1) + 0.5
+    k = lambda x, y: (x @ y/3 + 1)**3
+    def naive(a, b):
+        own = lambda s: np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j])
+        return own(a) + own(b) - 2*np.mean([k(x, y) for x in a for y in b])
+    value, error = M.kid(a, b, chunk=2)
+    assert value == pytest.approx(naive(a, b), rel=1e-12)
+    leave_a = np.array([naive(a[torch.arange(7) != i], b) for i in range(7)])
+    leave_b = np.array([naive(a, b[torch.arange(5) != i]) for i in range(5)])
+    spread = 6/7*((leave_a - leave_a.mean())**2).sum() + 4/5*((leave_b - leave_b.mean())**2).sum()
+    assert error == pytest.approx(math.sqrt(spread), rel=1e-9)
+
+
+def test_kid_is_unbiased():
+    values = np.array([M.kid(randn(20, 4, seed=2*s), randn(20, 4, seed=2*s + 1)).value for s in range(400)])
+    assert abs(values.mean()) < 4*values.std()/20
+    assert values.min() < 0
+
+
+def test_precision_recall_by_hand():
+    real = torch.tensor([[0.0], [1], [2], [10]])            # radii with k = 1: 1, 1, 1, 8
+    samples = torch.tensor([[-0.5], [3.5], [30.0], [31.0]]) # radii: 4, 4, 1, 1
+    result = M.precision_recall(samples, real, k=1, chunk=3)
+    assert result.precision == 0.5 and result.recall == 0.75
+    assert M.precision_recall(real, real, k=1) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="k = 3 needs more"): M.precision_recall(real[:3], real)
+
+
+def test_neighbours_equal_brute_force():
+    a, b = randn(17, 4), randn(40, 4, seed=1)
+    b[5] = a[3]
+    found, index = M.nearest_neighbours(a, b, k=3, chunk=5)
+    brute = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").sort(1)
+    assert torch.equal(index, brute.indices[:, :3])
+    torch.testing.assert_close(found, brute.values[:, :3], rtol=1e-12, atol=1e-12)
+    assert found[3, 0] == 0 and index[3, 0] == 5
+
+
+def test_damage_leaves_level_zero_alone_and_keeps_the_mean():
+    images = torch.randint(60, 200, (4, 3, 16, 16), generator=gen()).byte()
+    assert torch.equal(M.add_noise(images, 0, gen()), images) and torch.equal(M.blur(images, 0), images)
+    noisy = M.add_noise(images, 0.05, gen()).float() - images.float()
+    assert abs(noisy.std() - 0.05*255) < 0.5 and abs(noisy.mean()) < 0.7
+    assert abs(M.blur(images, 1.5).float().mean() - images.float().mean()) < 2
+    flat = torch.full((1, 1, 9, 9), 77, dtype=torch.uint8)
+    assert torch.equal(M.blur(flat, 2.0), flat) and M.jpeg(images, 90).shape == images.shape
+    spot = torch.zeros(1, 1, 33, 33, dtype=torch.uint8); spot[0, 0, 16, 16] = 255
+    ring = M.blur(spot, 1.0)[0, 0]
+    assert ring[16, 16] == round(255/(2*math.pi)) and torch.equal(ring, ring.T) and torch.equal(ring, ring.flip(0))
+
+
+def test_class_shares():
+    labels = torch.arange(10).repeat_interleave(50)
+    index = M.pick_classes(labels, [0, 0] + [1]*8, 160, gen())
+    assert torch.bincount(labels[index], minlength=10).tolist() == [0, 0] + [20]*8 and len(index.unique()) == 160
+    with pytest.raises(ValueError, match="class 0 has 50"): M.pick_classes(labels, [1], 60, gen())
+
+
+def test_rank_correlation_by_hand():
+    assert M.rank_correlation([1, 2, 3], [5, 6, 7]) == pytest.approx(1) and M.rank_correlation([1, 2, 3], [7, 6, 5]) == pytest.approx(-1)
+    assert M.ranks([3, 1, 3]).tolist() == [1.5, 0, 1.5]
+    with pytest.raises(ValueError): M.rank_correlation([1, 1], [1, 2])
+
+
+# --- protocol -----------------------------------------------------------------------------------------------------------
+
+PROTOCOL = M.Protocol("cifar-features", "abc", 1000, "CIFAR-10", sampler="heun", nfe=35)
+
+
+def test_protocols_must_agree_unless_named():
+    a, b = M.Score((2.0,), PROTOCOL), M.Score((3.0,), replace(PROTOCOL, sampler="euler", nfe=18))
+    assert M.compare(b, a, ("sampler", "nfe")) == 1
+    for varying in ((), ("sampler",), ("nfe",)):
+        with pytest.raises(ValueError, match="not comparable"): M.compare(a, b, varying)
+    with pytest.raises(ValueError, match="no such protocol entries"): M.compare(a, b, ("smapler",))
+
+
+@pytest.mark.parametrize("entry", list(json.loads(PROTOCOL.to_json())))
+def test_every_entry_of_the_protocol_counts(entry):
+    other = 77 if entry in ("n", "nfe", "reference_n") else "other"
+    with pytest.raises(ValueError, match=entry): M.compare(M.Score((1.0,), PROTOCOL), M.Score((1.0,), replace(PROTOCOL, **{entry: other})))
+
+
+def test_records_survive_json():
+    score = M.Score((2.0, 4.0, 3.0), PROTOCOL, 1.5, 105_000)
+    record = json.loads(json.dumps(score.to_dict()))
+    assert M.Score.from_dict(record) == score and (record["min"], record["mean"], record["max"], record["std"]) == (2, 3, 4, 1)
+    assert M.Protocol.from_json(PROTOCOL.to_json()) == PROTOCOL and "FID" not in record["metric"]
+    with pytest.raises(ValueError, match="not a protocol record"): M.Protocol.from_json('{"colour": 1}')
+
+
+def test_seeds_are_split_without_loss():
+    assert M.seed_ranges(10, 3, 5) == [range(5, 15), range(15, 25), range(25, 35)] and M.describe_seeds(M.seed_ranges(10, 2)) == "0-9, 10-19"
+    for world in (1, 2, 3, 7):
+        seeds = torch.cat([b for r in range(world) for b in M.seed_batches(range(5, 15), 3, r, world)])
+        assert sorted(seeds.tolist()) == list(range(5, 15))
+    with pytest.raises(ValueError): M.seed_ranges(1)
+
+
+def test_measure_reports_progress_and_a_score():
+    net = M.pixels((1, 2, 2))
+    sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
+    reference = M.feature_stats(sample(torch.arange(100, 200)), net)
+    events = {b: list(M.measure(sample, reference, net, n=20, repeats=3, batch_size=b, reference_name="noise", nfe=4)) for b in (3, 20)}
+    score = events[3][-1]
+    assert [e["done"] for e in events[20][:-1]] == [20, 40, 60] and len(score.values) == 3 and score.evaluations == 240
+    assert score.protocol.seeds == "0-19, 20-39, 40-59" and score.protocol.reference_n == 100
+    assert events[20][-1].values == pytest.approx(score.values, rel=1e-10)
+    exact = [M.stats_distance(M.feature_stats(sample(torch.tensor(list(r))), net), reference) for r in M.seed_ranges(20, 3)]
+    assert score.values == pytest.approx(exact, rel=1e-10)
+    cost = M.sampling_cost(1000, 35, 3, sample, 10)
+    assert cost["evaluations"] == 105_000 and cost["seconds"] > 0
+    with pytest.raises(ValueError, match="was not made with"): next(M.measure(sample, M.moments_stats(torch.zeros(4), torch.eye(4), 9, "other", "1"), net))
+
+
+def test_references_from_images_and_files(tmp_path):
+    from edm_nb.data import ImageSet, write_zip
+    net = M.pixels((3, 4, 4))
+    images = torch.randint(256, (12, 3, 4, 4), generator=gen()).byte()
+    write_zip(tmp_path/"set.zip", ImageSet(images))
+    computed = M.reference_stats(tmp_path/"set.zip", net)
+    torch.testing.assert_close(computed.cov, M.feature_stats(images, net).cov)
+    computed.save(tmp_path/"ref.npz")
+    with pytest.warns(UserWarning, match="12 samples"): score = M.image_distance(tmp_path/"set.zip", tmp_path/"ref.npz", net)
+    assert score.values[0] < 1e-8 and score.protocol.n == 12 and score.protocol.reference == "ref"
+    with pytest.raises(ValueError, match="did not make"): M.reference_stats(tmp_path/"ref.npz", M.pixels((3, 8, 8)))
