@@ -7,10 +7,10 @@ __all__ = ['QUANTILES', 'WEIGHTS', 'PAPER_COST', 'DIGITS', 'PRESETS', 'FREE', 'i
            'lognormal_quantile', 'vp_quantile', 've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta',
            'ema_halflife', 'EMA', 'ramped_lr', 'guided', 'without_labels', 'TrainConfig', 'check_config', 'config_from',
            'config_json', 'ladder', 'cifar10_ladder', 'table_1_rows', 'load_data', 'shrink', 'stream_seed', 'to_device',
-           'check_data', 'Batch', 'make_batch', 'TrainState', 'build_denoiser', 'new_state', 'ema_denoiser', 'backward',
-           'guard', 'train_step', 'Team', 'join_team', 'wrap', 'lock_folder', 'state_tensors', 'restore_tensors',
-           'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter', 'deferred_interrupt', 'due', 'run_loop',
-           'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
+           'check_data', 'Batch', 'send', 'make_batch', 'TrainState', 'build_denoiser', 'new_state', 'ema_denoiser',
+           'backward', 'guard', 'train_step', 'Team', 'join_team', 'wrap', 'lock_folder', 'state_tensors',
+           'restore_tensors', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter', 'deferred_interrupt',
+           'due', 'run_loop', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
 
 # %% ../nbs/04_training.ipynb #23b38348
 import contextlib, copy, dataclasses, fcntl, functools, hashlib, json, math, os, signal, tempfile, threading, time
@@ -360,7 +360,14 @@ class Batch:
             part = slice(i, i + size)
             yield Batch(self.images[part], self.sigma[part], self.noise[part], {k: v[part] for k, v in self.cond.items()})
 
-# %% ../nbs/04_training.ipynb #3fdb487a
+# %% ../nbs/04_training.ipynb #a4e29d48
+def send(x:Tensor,               # anywhere
+         device:torch.device,    # where it is needed
+        ) -> Tensor:
+    "Move without making the host wait: a copy to a GPU from pinned memory runs behind its back."
+    if x.device.type == device.type: return x.to(device)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
 def make_batch(config:TrainConfig,     # what to draw
                data:ImageSet,          # on the training device, or in host memory if it does not fit
                order:IndexStream,      # which image comes when
@@ -372,18 +379,17 @@ def make_batch(config:TrainConfig,     # what to draw
     "Everything random about one update. All draws are made for the whole batch, so that the split does not matter."
     B, part = config.batch, slice(rank*config.batch//world, (rank + 1)*config.batch//world)
     generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "step", seen))
-    index = order.span(seen, B)[part].to(data.images.device)
-    y = to_float(data.images[index].to(device, non_blocking=True))     # [b, C, H, W]
+    index = send(order.span(seen, B)[part], data.images.device)
+    y = to_float(send(data.images[index], device))     # [b, C, H, W]
     quantile = functools.partial(QUANTILES[config.sigma], **config.sigma_args)
     sigma = draw_sigma(quantile, B, generator, device)[part]
     noise = torch.randn((B, *y.shape[1:]), generator=generator, device=device)[part]
-    flip, keep = (torch.rand(2, B, generator=generator, device=device)[:, part] >= torch.tensor(
-        [[0.5], [config.label_dropout]], device=device)).unbind()
+    coin = torch.rand(2, B, generator=generator, device=device)[:, part]
     cond = {}
     if config.conditional:
-        labels = one_hot(data.labels[index].to(device, non_blocking=True), data.label_dim)
-        cond["class_labels"] = labels * keep[:, None]
-    if config.xflip: y = torch.where(flip[:, None, None, None], y.flip(-1), y)
+        labels = one_hot(send(data.labels[index], device), data.label_dim)
+        cond["class_labels"] = labels * (coin[0] >= config.label_dropout)[:, None]
+    if config.xflip: y = torch.where(coin[1].reshape(-1, 1, 1, 1) < 0.5, y.flip(-1), y)
     if config.augment:
         draw = AugmentPipe(p=config.augment, **config.augment_args).draw(B, generator, device)
         draw = Draw(*(value[part] for value in vars(draw).values()))
