@@ -6,16 +6,16 @@
 __all__ = ['IMAGE_SUFFIXES', 'MAX_MEMBER', 'MAX_SIDE', 'FORMATS', 'CACHE_VERSION', 'MARK', 'LITERALS', 'OPS', 'NUMPY_GLOBALS',
            'CIFAR10_CLASSES', 'DataError', 'ImageSet', 'check_contract', 'to_float', 'to_uint8', 'one_hot', 'digits',
            'Source', 'is_image_name', 'open_zip', 'check_zip', 'read_member', 'files_in', 'open_folder',
-           'subfolder_labels', 'parse_labels', 'label_tensor', 'jpeg_shape', 'pil_shape', 'image_shape', 'decode',
-           'checked_shape', 'decode_range', 'decode_all', 'cache_folder', 'blake2b', 'crc32', 'hash_buffer',
+           'subfolder_labels', 'parse_labels', 'label_tensor', 'jpeg_shape', 'pil_shape', 'image_shape', 'jpeg_decoder',
+           'decode', 'checked_shape', 'decode_range', 'decode_all', 'cache_folder', 'blake2b', 'crc32', 'hash_buffer',
            'hash_source', 'memory_bytes', 'map_images', 'read_cache', 'reserve', 'write_cache', 'cached', 'load_source',
            'as_tensor', 'png_bytes', 'write_zip', 'Name', 'Call', 'PickleReader', 'push', 'set_pairs', 'set_items',
-           'extend', 'remember', 'recall', 'find', 'call', 'build', 'pickled_bytes', 'pickled_array', 'read_batch',
-           'load_batches', 'npz_array', 'float_images', 'load_npz', 'load_images', 'find_cifar10', 'test_sibling',
-           'download_cifar10', 'cifar10', 'book_images', 'IndexStream']
+           'extend', 'remember', 'recall', 'find', 'call', 'latin1', 'build', 'pickled_bytes', 'pickled_array',
+           'read_batch', 'load_batches', 'npz_array', 'float_images', 'load_npz', 'load_images', 'find_cifar10',
+           'test_sibling', 'download_cifar10', 'cifar10', 'book_images', 'IndexStream']
 
-# %% ../nbs/10_data.ipynb #5c2e1527
-import hashlib, io, json, math, os, pickletools, shutil, struct, tempfile, time, warnings, zipfile, zlib
+# %% ../nbs/10_data.ipynb #b40b631f
+import functools, hashlib, io, json, math, os, pickletools, shutil, struct, tempfile, time, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,7 +210,7 @@ def parse_labels(path:Path,    # of the zip or folder, for messages
         raise DataError(f"{path}: class_names in dataset.json must be a list of strings")
     return {"labels": {name.replace("\\", "/"): label for name, label in labels}, "class_names": class_names}
 
-# %% ../nbs/10_data.ipynb #afa624ae
+# %% ../nbs/10_data.ipynb #e744c7f2
 def label_tensor(source:Source,         # with or without labels
                 ) -> tuple:             # (labels int64 [N] or float32 [N, D] or None, class names)
     "Labels in the order of the images; every image needs one, and all must be of one kind."
@@ -220,7 +220,9 @@ def label_tensor(source:Source,         # with or without labels
         if name not in table: raise DataError(f"{source.path}: dataset.json has no label for {name} ({len(table)} labels, {len(source.names)} images)")
         values.append(table[name])
     if all(type(v) is int and 0 <= v < 2**31 for v in values):
-        return torch.tensor(values), tuple(source.labels["class_names"])
+        names = tuple(source.labels["class_names"])
+        if names and max(values) >= len(names): raise DataError(f"{source.path}: label {max(values)}, expected 0 to {len(names) - 1} for {len(names)} class names")
+        return torch.tensor(values), names
     if all(isinstance(v, list) and len(v) == len(values[0]) and v and all(type(e) in (int, float) for e in v) for v in values):
         return torch.tensor(values, dtype=torch.float32), ()
     raise DataError(f"{source.path}: labels must all be class numbers from 0, or all vectors of one length; "
@@ -241,7 +243,7 @@ def jpeg_shape(data:bytes,     # a JPEG file
         at += 2 + max(length, 2)
     raise ValueError("no frame header")
 
-# %% ../nbs/10_data.ipynb #a67cfaa8
+# %% ../nbs/10_data.ipynb #7e9b9933
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")   # PIL knows more, some of which start other programs
 
 def pil_shape(data:bytes,    # an encoded image
@@ -250,7 +252,9 @@ def pil_shape(data:bytes,    # an encoded image
     from PIL import Image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # `checked_shape` bounds the sides
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        try: opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError: raise ValueError("none of the formats " + ", ".join(FORMATS)) from None
+        with opened as image:
             channels = {"1": 1, "L": 1, "RGB": 3, "P": 3}.get(image.mode)
             if channels is None: raise ValueError(f"pixel format {image.mode}, expected 8-bit grey or RGB without alpha")
             return channels, image.height, image.width
@@ -265,13 +269,20 @@ def image_shape(data:bytes,    # an encoded image
         return (1 if data[25] == 0 else 3), height, width
     return pil_shape(data)
 
-# %% ../nbs/10_data.ipynb #ad310916
+# %% ../nbs/10_data.ipynb #c25fe1a3
+@functools.cache
+def jpeg_decoder():           # uint8 tensor of file bytes -> uint8 `[C, H, W]`, or None
+    "Torchvision's operator, where this version of torchvision has it."
+    try:
+        import torchvision.io
+        return torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError): return None
+
 def decode(data:bytes,         # an encoded image whose header was checked
           ) -> np.ndarray:     # uint8 `[C, H, W]`
-    "JPEG through torchvision (3 times as fast as PIL, the same pixels), the rest through PIL."
-    if data[:3] == b"\xff\xd8\xff":
-        from torchvision.io import decode_jpeg
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy()
+    "JPEG through torchvision (faster than PIL, the same pixels), the rest through PIL."
+    if data[:3] == b"\xff\xd8\xff" and (jpeg := jpeg_decoder()):
+        return jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False).numpy()     # as stored, no rotation
     from PIL import Image
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         pixels = np.asarray(image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode)))
@@ -613,7 +624,7 @@ def recall(machine:PickleReader, arg) -> None:
 
 OPS |= dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), remember) | dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), recall)
 
-# %% ../nbs/10_data.ipynb #a96a93f6
+# %% ../nbs/10_data.ipynb #118287f9
 def find(machine:PickleReader, module, name) -> None:
     "GLOBAL: push a `Name`, if it is on the list."
     if type(module) is not str or type(name) is not str: machine.fail("damaged pickle (a global whose name is no text)")
@@ -625,7 +636,12 @@ def call(machine:PickleReader, function, args) -> None:
     "REDUCE, NEWOBJ: push the record of a call."
     if type(function) is not Name: machine.fail("refused: a call of something that is no allowed function")
     if type(args) is not tuple: machine.fail("damaged pickle (arguments are no tuple)")
-    machine.stack.append(Call(function.name, args))
+    machine.stack.append(latin1(machine, args) if function.name == "_codecs.encode" else Call(function.name, args))
+
+def latin1(machine:PickleReader, args:tuple) -> bytes:
+    "Protocol 2 has no bytes: Python 3 writes them as a call that encodes text. This one call is carried out, here."
+    if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"): machine.fail("damaged pickle (bytes that are no latin-1 text)")
+    return args[0].encode("latin-1")
 
 def build(machine:PickleReader, state) -> None:
     "BUILD: note the state on the record of a call."
@@ -638,14 +654,13 @@ OPS |= {"GLOBAL": lambda machine, arg: find(machine, *arg.split(" ", 1)), "STACK
         "BUILD": lambda machine, arg: build(machine, *machine.pop(1)),
         "BINPERSID": lambda machine, arg: machine.stack.append(Call("persistent_id", tuple(machine.pop(1))))}
 
-# %% ../nbs/10_data.ipynb #79c1cfc0
+# %% ../nbs/10_data.ipynb #e031ac88
 NUMPY_GLOBALS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode",
                  "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
 
-def pickled_bytes(value,       # bytes, or the latin-1 text that stands for bytes in protocol 2
+def pickled_bytes(value,           # bytes, or the text that stands for bytes in a file of Python 2
                  ) -> bytes|None:  # None when it is neither
-    "Bytes as the different pickle protocols spell them."
-    if type(value) is Call and value.name == "_codecs.encode" and len(value.args) == 2: value = value.args[0]
+    "Bytes as the different versions of Python spell them."
     try: return value if type(value) is bytes else value.encode("latin-1") if type(value) is str else None
     except UnicodeEncodeError: return None
 
