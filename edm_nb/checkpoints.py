@@ -433,7 +433,7 @@ def number(value,        # part of a parsed pickle
             return np.frombuffer(data, "<" + code)[0].item()
     raise CheckpointError(f"{where}: expected a number, found {describe(value)}")
 
-# %% ../nbs/14_checkpoints.ipynb #3eca99cb
+# %% ../nbs/14_checkpoints.ipynb #ffa949dc
 def infer_config(tensors:dict,   # name -> tensor, named as the authors do
                  where,          # for messages
                 ) -> dict:       # for `build_network`
@@ -442,7 +442,7 @@ def infer_config(tensors:dict,   # name -> tensor, named as the authors do
     except (KeyError, StopIteration, IndexError, ZeroDivisionError, ValueError) as error:
         raise CheckpointError(f"{where}: not the parameters of a DDPM++, NCSN++ or ADM network (no {error})") from None
 
-def _infer_config(tensors):
+def _infer_config(tensors):    # raises what a missing name raises
     shape = {name: tuple(value.shape) for name, value in tensors.items()}
     levels = list(dict.fromkeys(name.split(".")[1].split("_")[0] for name in shape if name.startswith("enc.")))
     levels.sort(key=lambda level: -int(level.split("x")[0]))
