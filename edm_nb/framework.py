@@ -226,20 +226,21 @@ def ode_derivative(denoise:Callable,          # D(x; sigma)
     D = denoised(denoise, x / s, level, **cond)
     return (sigma_deriv / sigma + s_deriv / s) * x - sigma_deriv * s / sigma * D
 
-# %% ../nbs/00_framework.ipynb #bdaef206
+# %% ../nbs/00_framework.ipynb #dbcc6bd6
 def refined_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d]`
                    sigma:Tensor,  # noise level of each, float64 `[b, 1]`
                    Y:Tensor,      # images, float32 `[N, d]`
                    half:Tensor,   # half the squared distance of each image from the mean, float64 `[N]`
                    k:int,         # how many of the nearest to do again in float64
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits `[b, N]`, the k indices `[b, k]`, their images `[b, k, d]`, rms rounding `[b]`
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits `[b, N]`, the k indices `[b, k]`, rms rounding and largest unrefined logit `[b]`
     "Log-weights of all images up to a constant: float32 products, the k largest recomputed in float64."
     logits = (x.float() @ Y.T).double().sub_(half).div_(sigma**2)
-    top = logits.topk(k, dim=1).indices
-    near = Y[top].double()
-    exact = (torch.einsum("bkd,bd->bk", near, x) - half[top]) / sigma**2
-    rounding = (logits.gather(1, top) - exact).square().mean(1).sqrt()
-    return logits.scatter_(1, top, exact), top, near, rounding
+    best = logits.topk(min(k + 1, len(Y)), dim=1)
+    top, runner_up = best.indices[:, :k], best.values[:, -1] if k < len(Y) else torch.full_like(x[:, 0], -math.inf)
+    exact = torch.stack([Y[i].double() @ query for query, i in zip(x, top)])   # one query at a time stays in the cache
+    exact = (exact - half[top]) / sigma**2
+    rounding = (best.values[:, :k] - exact).square().mean(1).sqrt()
+    return logits.scatter_(1, top, exact), top, rounding, runner_up
 
 # %% ../nbs/00_framework.ipynb #ab4c0ce5
 def float64_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d]`
@@ -251,28 +252,25 @@ def float64_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d
     products = torch.cat([x @ rows.double().T for rows in Y.split(1024)], dim=1)
     return (products - half) / sigma**2
 
-# %% ../nbs/00_framework.ipynb #81d2c9b4
-def rounding_error(logits:Tensor,    # `[b, N]`, k of them refined
-                   top:Tensor,       # which, `[b, k]`
-                   rounding:Tensor,  # rms rounding of a float32 logit, `[b]`
+# %% ../nbs/00_framework.ipynb #db87514a
+def rounding_error(rounding:Tensor,  # rms rounding of a float32 log-weight, `[b]`
+                   largest:Tensor,   # log of the largest unrefined weight, normalised, `[b]`
+                   n:int,            # number of images
                   ) -> Tensor:       # `[b]`, in units of the spread of the data
     "Predicted error of D that the unrefined weights cause."
-    if top.shape[1] == logits.shape[1]: return torch.zeros_like(rounding)
-    largest = logits.scatter(1, top, -math.inf).amax(1) - logits.logsumexp(1)
-    together = (largest + math.log(logits.shape[1])).clamp(max=0)
+    together = (largest + math.log(n)).clamp(max=0)
     return rounding * (8 * rounding + 0.5 * (largest + together)).exp()
 
-# %% ../nbs/00_framework.ipynb #48c84e59
+# %% ../nbs/00_framework.ipynb #e17aa037
 def expectation(weights:Tensor,  # `[b, N]`, float64
                 top:Tensor,      # indices of the images to sum in float64, `[b, k]`
-                near:Tensor,     # these images, float64 `[b, k, d]`
                 Y:Tensor,        # images, float32 `[N, d]`
                ) -> Tensor:      # float64 `[b, d]`
     "Weighted mean of the images."
-    D = torch.einsum("bk,bkd->bd", weights.gather(1, top), near)
+    D = torch.stack([w[i] @ Y[i].double() for w, i in zip(weights, top)])
     rest = weights.scatter(1, top, 0.)
     if rest.sum(1).max() > 1e-10:
-        for w, rows in zip(rest.float().split(8192, dim=1), Y.split(8192)): D += (w @ rows).double()
+        for w, rows in zip(rest.float().split(1024, dim=1), Y.split(1024)): D += (w @ rows).double()
     return D
 
 # %% ../nbs/00_framework.ipynb #cae2b882
@@ -302,14 +300,14 @@ def class_slices(class_labels:Tensor,  # one-hot `[B, label_dim]`; a row of zero
         if rows.start == rows.stop: raise ValueError(f"class {k} has no images")
     return [((label == k).nonzero().flatten(), rows) for k, rows in slices.items()]
 
-# %% ../nbs/00_framework.ipynb #943085bc
+# %% ../nbs/00_framework.ipynb #7d96307c
 class IdealDenoiser:
     "Exact D for a finite set of images (App. B.3). No gradient flows: use MixtureDenoiser for that."
     def __init__(self,
                  images:Tensor,              # `[N, ...]`, floating point; held in float32
                  labels:Tensor|None=None,    # class of each image, integers `[N]`; enables `class_labels`
                  label_dim:int|None=None,    # number of classes; the largest label + 1 by default
-                 memory:int=2**28,           # bytes that temporary arrays of one call may take (at least one query is done)
+                 memory:int=2**28,           # bytes that temporary arrays of one call may take (one query is always done)
                  refine:int=64,              # nearest images per query that are done again in float64
                  tolerance:float=5e-7,       # predicted error of D above which a query is done in float64
                 ):
@@ -328,7 +326,7 @@ class IdealDenoiser:
         self.spread = (2 * self.half.mean() / self.flat.shape[1]).sqrt()
 
     def __call__(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None=None, **cond) -> Tensor:
-        "D(x; sigma) in the shape and dtype of x. ValueError for sigma <= 0, NaN, wrong shapes or labels."
+        "D(x; sigma) in the shape and dtype of x, exact to 1e-6 for pixels in [-1, 1]. ValueError for sigma <= 0, NaN, wrong shapes or labels."
         return self._evaluate(x, sigma, class_labels)[0].reshape(x.shape).to(x.dtype)
 
     def log_prob(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None=None) -> Tensor:
@@ -352,10 +350,10 @@ class IdealDenoiser:
         sigma = broadcast_sigma(sigma, flat)
         if not (torch.isfinite(sigma) & (sigma > 0)).all(): raise ValueError(f"sigma must be finite and > 0, got {sigma.flatten().tolist()}")
         D, log_p = torch.empty_like(flat), torch.empty_like(flat[:, 0])
-        for which, rows in self._groups(len(x), class_labels):
-            n_rows, n_near = rows.stop - rows.start, min(self.refine, rows.stop - rows.start)
-            per_query = 48 * n_rows + 12 * n_near * flat.shape[1]     # bytes: six arrays [b, N], and the gathered images
-            for i in which.split(max(1, self.memory // per_query)):
+        for which, rows in self._groups(len(x), class_labels) if len(x) else ():
+            per_query = 48 * (rows.stop - rows.start)                                    # bytes: six float64 arrays [b, N]
+            parts = math.ceil(len(which) * per_query / self.memory)
+            for i in which.tensor_split(max(1, min(parts, len(which)))):   # equal parts: a small one costs nearly as much
                 D[i], log_p[i] = self._posterior(flat[i], sigma[i], self.flat[rows], self.half[rows], mean)
         return D, log_p
 
@@ -370,16 +368,16 @@ class IdealDenoiser:
     def _posterior(self, x:Tensor, sigma:Tensor, Y:Tensor, half:Tensor, mean:bool) -> tuple[Tensor|float, Tensor]:
         "D and log p of a few queries over one slice of the images."
         centred, k = x - self.mean, min(self.refine, len(Y))
-        logits, top, near, rounding = refined_logits(centred, sigma, Y, half, k)
-        poor = (self.spread * rounding_error(logits, top, rounding) > self.tolerance).nonzero().flatten()
+        logits, top, rounding, runner_up = refined_logits(centred, sigma, Y, half, k)
+        total = logits.logsumexp(1)
+        poor = (self.spread * rounding_error(rounding, runner_up - total, len(Y)) > self.tolerance).nonzero().flatten()
         if len(poor):
             self.float64_queries += len(poor)
             logits[poor] = float64_logits(centred[poor], sigma[poor], Y, half)
-            top[poor] = logits[poor].topk(k, dim=1).indices
-            near[poor] = Y[top[poor]].double()
+            top[poor], total[poor] = logits[poor].topk(k, dim=1).indices, logits[poor].logsumexp(1)
         gauge = (0.5 * centred.square().sum(1) + centred @ self.mean) / sigma[:, 0]**2   # logits - gauge = -|x - y|² / 2σ²
         normal = math.log(len(Y)) + 0.5 * x.shape[1] * (2 * math.pi * sigma[:, 0]**2).log()
-        return expectation(logits.softmax(1), top, near, Y) if mean else 0., logits.logsumexp(1) - gauge - normal
+        return expectation(logits.softmax(1), top, Y) if mean else 0., total - gauge - normal
 
 # %% ../nbs/00_framework.ipynb #2487b89b
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""The ideal denoiser of all 50,000 CIFAR-10 images: time and error.
+
+    python benchmarks/ideal_denoiser.py                       # CIFAR-10 from EDM_NB_CIFAR10; about ten minutes
+    python benchmarks/ideal_denoiser.py --sigmas 4 --repeats 3
+
+Time: 64 queries, all versions in one process, in turn, so that they share whatever else the machine does. The level is
+sigma = 10, where the weight is spread over hundreds of images and nothing can be skipped, and sigma = 0.5.
+Error: largest absolute difference to the naive float64 version, which forms every difference x - y, over queries of three
+kinds: noisy training images, noisy test-like images (held out), and points near the midpoint of two images.
+"""
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from edm_nb.data import cifar10, to_float
+from edm_nb.framework import IdealDenoiser
+
+KIND = 8   # queries of each kind in the error measurement
+
+
+def naive(x, sigma, Y):
+    "Float64, every difference formed: the definition, one query at a time."
+    D = []
+    for query in x.double():
+        logits = torch.cat([-(query - rows.double()).square().sum(1) for rows in Y.split(2048)]) / (2 * sigma**2)
+        w = logits.softmax(0)
+        D.append(sum(w[i:i + 2048] @ Y[i:i + 2048].double() for i in range(0, len(Y), 2048)))
+    return torch.stack(D)
+
+
+def float32_products(x, sigma, Y, norms):
+    "Two float32 matrix products, nothing refined."
+    logits = (x.float() @ Y.T - norms) / sigma**2
+    return logits.softmax(1) @ Y
+
+
+def float64_products(x, sigma, Y, norms):
+    "The same in float64, converted block by block."
+    logits = (torch.cat([x.double() @ rows.double().T for rows in Y.split(2048)], 1) - norms) / sigma**2
+    w = logits.softmax(1)
+    return sum(w[:, i:i + 2048] @ Y[i:i + 2048].double() for i in range(0, len(Y), 2048))
+
+
+def cdist(x, sigma, Y):
+    "torch.cdist in float32."
+    return (-torch.cdist(x.float(), Y).square() / (2 * sigma**2)).softmax(1) @ Y
+
+
+def queries(images, held_out, sigma, generator):
+    "Noisy training images, noisy held-out images, near-midpoints of two images: KIND of each, float64 `[B, d]`."
+    noise = torch.randn(3 * KIND, images.shape[1], generator=generator, dtype=torch.float64)
+    middle = (images[:KIND].double() + images[KIND:2 * KIND].double()) / 2
+    clean = torch.cat([images[2 * KIND:3 * KIND].double(), held_out[:KIND].double(), middle])
+    noise[-KIND:] *= 0.1
+    return clean + sigma * noise
+
+
+def timed(versions, repeats):
+    "Alternating runs: version -> list of seconds of wall time and of processor time."
+    wall, busy = {name: [] for name in versions}, {name: [] for name in versions}
+    for run in range(repeats + 1):
+        for name, call in versions.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            call()
+            if run:   # the first round warms up
+                wall[name].append(time.perf_counter() - start)
+                busy[name].append(time.process_time() - cpu)
+    return {name: dict(median_s=statistics.median(wall[name]), min_s=min(wall[name]), max_s=max(wall[name]),
+                       median_cpu_s=statistics.median(busy[name]), min_cpu_s=min(busy[name])) for name in versions}
+
+
+def cpu_name():
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--sigmas", type=int, default=12, help="noise levels from 0.002 to 80 in the error measurement; 0 skips it")
+    parser.add_argument("--naive-queries", type=int, default=4, help="queries on which the naive version is timed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/bench_ideal_denoiser.json")
+    args = parser.parse_args()
+
+    found = cifar10("train")
+    Y = to_float(found.images).flatten(1).contiguous()
+    held_out = to_float(cifar10("test").images[:args.queries]).flatten(1)
+    start = time.perf_counter()
+    ideal = IdealDenoiser(Y)
+    setup = time.perf_counter() - start
+    norms64 = torch.cat([rows.double().square().sum(1) / 2 for rows in Y.split(2048)])
+    norms32 = norms64.float()
+    generator = torch.Generator().manual_seed(args.seed)
+
+    times = {}
+    for sigma in (10., 0.5):
+        x = held_out + sigma * torch.randn(held_out.shape, generator=generator)
+        some = x[:args.naive_queries]
+        times[sigma] = timed({
+            "IdealDenoiser": lambda: ideal(x, sigma),
+            "float32 products (not refined)": lambda: float32_products(x, sigma, Y, norms32),
+            "float64 products": lambda: float64_products(x, sigma, Y, norms64),
+            "torch.cdist, float32": lambda: cdist(x, sigma, Y)}, args.repeats)
+        slow = timed({"naive": lambda: naive(some, sigma, Y)}, 2)["naive"]
+        times[sigma]["naive float64 (scaled from fewer queries)"] = {k: v * len(x) / len(some) for k, v in slow.items()}
+        print(sigma, {name: round(v["median_s"], 3) for name, v in times[sigma].items()}, flush=True)
+
+    levels = torch.logspace(torch.tensor(0.002).log10(), torch.tensor(80.).log10(), args.sigmas).tolist() if args.sigmas else []
+    levels = [0.002, *levels[1:-1], 80.] if levels else []
+    errors = []
+    for sigma in levels:
+        x = queries(Y, held_out, sigma, generator)
+        truth, before = naive(x, sigma, Y), ideal.float64_queries
+        answers = {"IdealDenoiser": ideal(x, sigma), "float32 products (not refined)": float32_products(x, sigma, Y, norms32),
+                   "torch.cdist, float32": cdist(x, sigma, Y)}
+        errors.append({"sigma": sigma, "float64_queries": ideal.float64_queries - before,
+                       **{name: (D - truth).abs().max().item() for name, D in answers.items()}})
+        print(errors[-1], flush=True)
+
+    record = dict(
+        about="ideal denoiser: time of one call, and largest absolute error of D against naive float64",
+        data=f"{found.name} ({len(Y)} training images; queries from the test set)", n_images=len(Y), queries=args.queries,
+        time=times[10.], time_sigma_05=times[0.5], timed_sigma=10.0, setup_s=setup, repeats=args.repeats, naive_queries=args.naive_queries,
+        sigmas=levels, errors=errors, error_queries=3 * KIND, max_error=max((e["IdealDenoiser"] for e in errors), default=None),
+        seed=args.seed, threads=torch.get_num_threads(), hardware=f"{cpu_name()}, {os.cpu_count()} cores", date=datetime.date.today().isoformat(),
+        load_average=os.getloadavg()[0], versions=dict(torch=torch.__version__, python=platform.python_version()))
+    write_json(args.out, record)
+    print(f"largest error {record['max_error']}; wrote {args.out}")
+
+
+if __name__ == "__main__": main()
