@@ -99,7 +99,7 @@ def save(path,                     # folder, or a name that ends in .safetensors
     write_atomic(config, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
     return tensors
 
-# %% ../nbs/14_checkpoints.ipynb #9a9fb1c0
+# %% ../nbs/14_checkpoints.ipynb #09ab0d55
 def read_config(path,       # folder, .safetensors or .json
                ) -> dict:   # format, version, network, denoiser, sha256, extra
     "The JSON half of a checkpoint, checked for its format."
@@ -109,6 +109,7 @@ def read_config(path,       # folder, .safetensors or .json
     try: record = json.loads(file.read_text())
     except (ValueError, RecursionError) as error: raise CheckpointError(f"{file}: not JSON ({error})") from None
     missing = {"format", "network", "denoiser", "sha256"} - set(record if isinstance(record, dict) else ())
+    if not missing and (not isinstance(record["denoiser"], dict) or "scalings" not in record["denoiser"]): missing = {"denoiser.scalings"}
     if missing: raise CheckpointError(f"{file}: lacks {', '.join(sorted(missing))}; it is no configuration of a denoiser")
     if record["format"] != FORMAT: raise CheckpointError(f"{file}: format {record['format']}, this version reads {FORMAT}; update edm_nb")
     return record
@@ -138,7 +139,7 @@ def fit(net:nn.Module,      # a network, maybe on the meta device
         if value.shape != tensors[name].shape:
             raise CheckpointError(f"{where}: {name} has shape {list(tensors[name].shape)}, the network needs {list(value.shape)}")
 
-# %% ../nbs/14_checkpoints.ipynb #cb7474fd
+# %% ../nbs/14_checkpoints.ipynb #c910d978
 def rebuild(config:dict,     # of the network
             tensors:dict,    # its state
             where,           # for messages
@@ -151,9 +152,7 @@ def rebuild(config:dict,     # of the network
         raise CheckpointError(f"{where}: its configuration builds no network ({error})") from None
     fit(sketch, tensors, where)
     net = build_network(config)
-    dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
-    if len(dtypes) == 1: net.to(dtypes.pop())
-    net.load_state_dict(tensors)
+    net.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)    # in the precision they were saved in
     return net.eval()
 
 # %% ../nbs/14_checkpoints.ipynb #c65777dd
@@ -169,16 +168,19 @@ def load(path,                 # folder, .safetensors or .json
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{config_file}: its denoiser settings do not fit ({error})") from None
 
-# %% ../nbs/14_checkpoints.ipynb #2bb669f9
+# %% ../nbs/14_checkpoints.ipynb #6cbee18f
 def pack(tree,           # nested dicts, lists, tuples of tensors and JSON values
          tensors:dict,   # filled: name -> tensor
          path:str="",    # of this branch
         ):               # a JSON-able skeleton
     "Split a tree into tensors and the shape of the tree."
     if isinstance(tree, Tensor):
-        tensors[path] = tree
-        return {"tensor": path}
-    if isinstance(tree, dict): return {"dict": [[key, pack(value, tensors, f"{path}/{key}")] for key, value in tree.items()]}
+        name = f"{len(tensors):05d}{path}"      # the path is for the reader; the number makes it unique
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        if odd := [key for key in tree if not isinstance(key, (str, int, float))]: raise TypeError(f"{path}: the key {odd[0]!r} is no string or number")
+        return {"dict": [[key, pack(value, tensors, f"{path}/{key}")] for key, value in tree.items()]}
     if isinstance(tree, (list, tuple)):
         return {type(tree).__name__: [pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]}
     if tree is None or isinstance(tree, (bool, int, float, str)): return {"value": tree}
@@ -335,7 +337,7 @@ def describe(value) -> str:
     "A short name that never walks into a hostile structure."
     return f"{value.name}(...)" if type(value) in (Call, Name) else type(value).__name__
 
-# %% ../nbs/14_checkpoints.ipynb #a971629b
+# %% ../nbs/14_checkpoints.ipynb #fd4e972c
 STORAGES = {f"torch.{name}Storage": dtype for name, dtype in dict(Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16,
             Double=torch.float64, Long=torch.int64, Int=torch.int32, Bool=torch.bool, Byte=torch.uint8).items()}
 MAGIC = 0x1950a86a20f9469cfc6c     # first number of torch's older file format
@@ -353,8 +355,9 @@ def read_storage(call:Call,   # a call of `_load_from_bytes`
     if not known: raise CheckpointError(f"{where}: a storage in no known format")
     dtype, numel = storage_entry(entry, keys, where)
     at, size = file.tell() + 8, numel * dtype.itemsize
-    if len(data) - at != size or struct.unpack_from("<q", data, at - 8)[0] != numel:
-        raise CheckpointError(f"{where}: a storage declares {numel:,} numbers but holds {max(0, len(data) - at):,} bytes")
+    counted = struct.unpack_from("<q", data, at - 8)[0] if at <= len(data) else None
+    if len(data) - at != size or counted != numel:
+        raise CheckpointError(f"{where}: a storage declares {numel:,} and then {counted or 0:,} numbers, and holds {max(0, len(data) - at):,} bytes")
     return torch.frombuffer(bytearray(memoryview(data)[at:]), dtype=dtype) if numel else torch.empty(0, dtype=dtype)
 
 # %% ../nbs/14_checkpoints.ipynb #a6392cf4
