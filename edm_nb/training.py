@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'WEIGHTS', 'PAPER_COST', 'DIGITS', 'PRESETS', 'FREE', 'inverse_square_weight', 'edm_loss',
-           'lognormal_quantile', 'vp_quantile', 've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta',
-           'ema_halflife', 'EMA', 'ramped_lr', 'guided', 'without_labels', 'TrainConfig', 'check_config', 'config_from',
-           'config_json', 'ladder', 'cifar10_ladder', 'table_1_rows', 'load_data', 'shrink', 'stream_seed', 'to_device',
-           'check_data', 'Batch', 'send', 'make_batch', 'TrainState', 'build_denoiser', 'new_state', 'ema_denoiser',
-           'backward', 'guard', 'train_step', 'Team', 'join_team', 'wrap', 'lock_folder', 'state_tensors',
-           'restore_tensors', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter', 'deferred_interrupt',
-           'due', 'run_loop', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
+           'loss_per_sigma', 'lognormal_quantile', 'vp_quantile', 've_quantile', 'iddpm_quantile', 'draw_sigma',
+           'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'guided', 'without_labels', 'TrainConfig', 'check_config',
+           'config_from', 'config_json', 'ladder', 'cifar10_ladder', 'table_1_rows', 'describe', 'load_data', 'shrink',
+           'to_device', 'check_data', 'stream_seed', 'Batch', 'send', 'make_batch', 'TrainState', 'build_denoiser',
+           'new_state', 'ema_denoiser', 'backward', 'guard', 'train_step', 'Team', 'join_team', 'wrap', 'lock_folder',
+           'state_tensors', 'restore_tensors', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter',
+           'deferred_interrupt', 'due', 'run_loop', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
 
-# %% ../nbs/04_training.ipynb #23b38348
+# %% ../nbs/04_training.ipynb #deea7fb3
 import contextlib, copy, dataclasses, fcntl, functools, hashlib, json, math, os, signal, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+try: import fcntl
+except ImportError: fcntl = None    # Windows has no advisory file locks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -57,7 +59,23 @@ def edm_loss(denoise:Callable,             # `denoise(x, sigma, **cond) -> D`
     D = denoise(images + column*noise, sigma, **cond)                  # [B, C, H, W]
     return (weight(column, sigma_data) * (D - images)**2).flatten(1).mean(1)
 
-# %% ../nbs/04_training.ipynb #ad734a49
+# %% ../nbs/04_training.ipynb #29389078
+@torch.no_grad()
+def loss_per_sigma(denoise:Callable,     # the denoiser
+                   data:ImageSet,        # images and labels
+                   levels:Tensor,        # noise levels, `[K]`
+                   n:int=512,            # images per level
+                   seed:int=0,           # of the noise and of the choice of images
+                   weight:Callable=edm_weight,   # λ(σ)
+                  ) -> Tensor:           # `[K]` mean loss at each level
+    "The weighted loss as a function of σ, on the same images at every level."
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(data), (n,), generator=generator)
+    y, noise = to_float(data.images[index]), torch.randn(n, *data.images.shape[1:], generator=generator)
+    cond = {} if data.labels is None else dict(class_labels=one_hot(data.labels[index], data.label_dim))
+    return torch.stack([edm_loss(denoise, y, torch.full((n,), float(s)), noise, weight, **cond).mean() for s in levels])
+
+# %% ../nbs/04_training.ipynb #b5804cdd
 def lognormal_quantile(u:Tensor,              # uniform in (0, 1), any shape
                        P_mean:float=-1.2,     # mean of ln σ
                        P_std:float=1.2,       # standard deviation of ln σ
@@ -65,6 +83,7 @@ def lognormal_quantile(u:Tensor,              # uniform in (0, 1), any shape
     "EDM: ln σ ~ N(P_mean, P_std²)."
     return (P_mean + P_std * math.sqrt(2) * torch.erfinv(2*u - 1)).exp()
 
+# %% ../nbs/04_training.ipynb #2113d01b
 def vp_quantile(u:Tensor,                # uniform in (0, 1), any shape
                 epsilon_t:float=1e-5,    # smallest time
                 **rates,                 # beta_d and beta_min of the VP schedule
@@ -72,7 +91,7 @@ def vp_quantile(u:Tensor,                # uniform in (0, 1), any shape
     "VP: t ~ U(ε_t, 1), mapped by the VP schedule's σ(t)."
     return vp_sigma(epsilon_t + (1 - epsilon_t) * u, **rates)
 
-# %% ../nbs/04_training.ipynb #59336f99
+# %% ../nbs/04_training.ipynb #78bac77b
 def ve_quantile(u:Tensor,                # uniform in (0, 1), any shape
                 sigma_min:float=0.02,    # smallest noise level
                 sigma_max:float=100.0,   # largest noise level
@@ -80,6 +99,7 @@ def ve_quantile(u:Tensor,                # uniform in (0, 1), any shape
     "VE: ln σ ~ U(ln σ_min, ln σ_max)."
     return sigma_min * (sigma_max / sigma_min)**u
 
+# %% ../nbs/04_training.ipynb #9b891a7c
 def iddpm_quantile(u:Tensor,       # uniform in (0, 1), any shape
                    M:int=1000,     # number of levels
                   ) -> Tensor:     # σ, same shape
@@ -87,10 +107,11 @@ def iddpm_quantile(u:Tensor,       # uniform in (0, 1), any shape
     levels = iddpm_levels(M)[:M].flip(0).to(u)          # increasing, without the final 0
     return levels[(u * M).long().clamp(0, M - 1)]
 
-# %% ../nbs/04_training.ipynb #0124ca57
+# %% ../nbs/04_training.ipynb #7c39ab8e
 QUANTILES = {"lognormal": lognormal_quantile, "vp": vp_quantile, "ve": ve_quantile, "iddpm": iddpm_quantile}
 WEIGHTS = {"edm": edm_weight, "inverse_square": inverse_square_weight}
 
+# %% ../nbs/04_training.ipynb #5b73feb9
 def draw_sigma(quantile:Callable,      # maps U(0, 1) to σ
                n:int,                  # how many
                generator:torch.Generator|None=None,   # source of randomness
@@ -102,7 +123,7 @@ def draw_sigma(quantile:Callable,      # maps U(0, 1) to σ
     u = torch.rand(n, generator=generator, device=device, dtype=dtype).clamp(tiny, 1 - tiny)
     return quantile(u).float()
 
-# %% ../nbs/04_training.ipynb #afb5ca9a
+# %% ../nbs/04_training.ipynb #19b426a9
 def ema_beta(batch:int,                  # images per update
              halflife:float,             # H, in images
              seen:int=0,                 # images seen before this update
@@ -112,6 +133,7 @@ def ema_beta(batch:int,                  # images per update
     if rampup is not None: halflife = min(halflife, rampup * seen)
     return 0.5**(batch / halflife) if halflife > 0 else 0.0
 
+# %% ../nbs/04_training.ipynb #7f101b26
 def ema_halflife(beta:float,    # factor per update
                  batch:int,     # images per update
                 ) -> float:     # half-life in images
@@ -145,7 +167,7 @@ def ramped_lr(lr:float,        # the final learning rate
     "Linear warm-up over the first `rampup` images."
     return lr * min(1.0, seen / rampup) if rampup > 0 else lr
 
-# %% ../nbs/04_training.ipynb #420d5777
+# %% ../nbs/04_training.ipynb #4e55f44c
 def guided(cond:Callable,           # the denoiser to follow
            uncond:Callable,         # the denoiser to move away from
            w:float,                 # strength; 0 is `cond` alone
@@ -162,6 +184,7 @@ def guided(cond:Callable,           # the denoiser to follow
         return D + w * gap * broadcast_sigma(inside.to(gap), gap)
     return denoise
 
+# %% ../nbs/04_training.ipynb #ba2cf639
 def without_labels(denoise:Callable) -> Callable:   # a denoiser
     "The same denoiser, deaf to class labels: the `uncond` of classifier-free guidance."
     return lambda x, sigma, class_labels=None, **more: denoise(x, sigma, **more)
@@ -207,7 +230,7 @@ class TrainConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         check_config(self)
 
-# %% ../nbs/04_training.ipynb #a14245d8
+# %% ../nbs/04_training.ipynb #6365e3c4
 def check_config(config:TrainConfig) -> None:   # what to check
     "Raise a ValueError that names the first value that cannot work."
     known = dict(sigma=QUANTILES, weight=WEIGHTS, precision=("fp32", "bf16"))
@@ -223,6 +246,7 @@ def check_config(config:TrainConfig) -> None:   # what to check
     if config.micro_batch and config.batch % config.micro_batch:
         raise ValueError(f"batch {config.batch} is not a multiple of micro_batch {config.micro_batch}")
 
+# %% ../nbs/04_training.ipynb #313b8706
 def config_from(values:dict) -> TrainConfig:   # keys are the fields of `TrainConfig`
     "A configuration from plain values; a key that is not known is an error, not a silent default."
     known = [f.name for f in dataclasses.fields(TrainConfig)]
@@ -230,6 +254,7 @@ def config_from(values:dict) -> TrainConfig:   # keys are the fields of `TrainCo
     if unknown: raise ValueError(f"unknown keys {unknown}; the known keys are {', '.join(known)}")
     return TrainConfig(**values)
 
+# %% ../nbs/04_training.ipynb #485b9468
 def config_json(config:TrainConfig) -> str:   # what to write
     "The configuration as JSON; `config_from(json.loads(...))` gives it back."
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -275,13 +300,13 @@ def table_1_rows(config:TrainConfig,   # gives everything but the row: network, 
             for name in ("vp", "ve", "iddpm")}
     return rows | {"edm": config}
 
-# %% ../nbs/04_training.ipynb #c35e7f91
+# %% ../nbs/04_training.ipynb #db0025b7
 PAPER_COST = dict(hardware="one H100-class GPU, fp32 with TF32 off; estimate, not measured", hours=100, memory_gib=40,
                   note="divide the hours by the number of GPUs")
 
 DIGITS = TrainConfig(
     data="digits", network=dict(arch="tiny", model_channels=32, channel_mult=[1, 3], num_blocks=1),
-    precond={"scalings": "edm", "sigma_data": 0.75}, sigma_args={"P_mean": -0.8, "P_std": 1.2}, images=400_000, batch=128,
+    precond={"scalings": "edm", "sigma_data": 0.75}, sigma_args={"P_mean": -0.8, "P_std": 1.2}, images=300_000, batch=128,
     lr=2e-3, lr_rampup=10_000, ema_halflife=30_000, channels_last=True, log_every=20_000, save_every=100_000,
     expected=dict(hardware="2 CPU cores", minutes=4, memory_gib=0.6))
 
@@ -301,7 +326,15 @@ PRESETS["cifar10-25min"] = dataclasses.replace(
     network=dict(arch="ddpmpp", model_channels=64, num_blocks=4, attn_resolutions=[16], channel_mult=[2, 2, 2], dropout=0.0),
     expected=dict(hardware="one H100-class GPU; estimate, not measured", minutes=25, memory_gib=12))
 
-# %% ../nbs/04_training.ipynb #12323ad2
+# %% ../nbs/04_training.ipynb #b9dd0fef
+def describe(config:TrainConfig) -> str:   # lines of text
+    "What a run will do and what it is expected to cost, to be printed before it starts."
+    lines = [f"{config.images:,} images of {config.data} in {math.ceil(config.images/config.batch):,} updates of {config.batch}",
+             f"network {config.network}, preconditioning {config.precond}, {config.precision}"]
+    cost = ", ".join(f"{k} {v}" for k, v in config.expected.items())
+    return "\n".join(lines + [f"expected: {cost or 'unknown, nobody has measured this configuration'}"])
+
+# %% ../nbs/04_training.ipynb #1822608f
 def load_data(config:TrainConfig) -> ImageSet:   # says which
     "The image set that a configuration names, cut and shrunk as it says."
     sources = {"digits": digits, "cifar10": cifar10}
@@ -309,6 +342,7 @@ def load_data(config:TrainConfig) -> ImageSet:   # says which
     if config.data_limit: images = images.take(slice(config.data_limit))
     return shrink(images, config.resolution) if config.resolution else images
 
+# %% ../nbs/04_training.ipynb #83cb09d0
 def shrink(images:ImageSet,     # square images whose side is a multiple of `resolution`
            resolution:int,      # pixels per side
           ) -> ImageSet:
@@ -318,12 +352,7 @@ def shrink(images:ImageSet,     # square images whose side is a multiple of `res
     small = nn.functional.avg_pool2d(images.images.float(), side // resolution)
     return dataclasses.replace(images, images=small.round().to(torch.uint8))
 
-# %% ../nbs/04_training.ipynb #ef3267d6
-def stream_seed(*parts) -> int:    # anything with a stable text form
-    "A 63-bit seed for a named stream of random numbers, e.g. `stream_seed(seed, 'noise', step)`."
-    text = "/".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-
+# %% ../nbs/04_training.ipynb #28d44e37
 def to_device(data:ImageSet,           # a set in host memory
               device:torch.device,     # of the training
               share:float=0.25,        # of the device's free memory that the set may take
@@ -335,6 +364,7 @@ def to_device(data:ImageSet,           # a set in host memory
     labels = None if data.labels is None else data.labels.to(device)
     return dataclasses.replace(data, images=data.images.to(device), labels=labels)
 
+# %% ../nbs/04_training.ipynb #76125a8a
 def check_data(config:TrainConfig,   # what to train
                data:ImageSet,        # on what
                world:int=1,          # number of processes
@@ -344,6 +374,12 @@ def check_data(config:TrainConfig,   # what to train
         raise ValueError(f"conditional=True, but the image set {data.name!r} has no labels; set conditional=False")
     if config.batch % (world * (config.micro_batch or 1)):
         raise ValueError(f"batch {config.batch} is not a multiple of {world} processes × micro_batch {config.micro_batch or 1}")
+
+# %% ../nbs/04_training.ipynb #bccc4bbc
+def stream_seed(*parts) -> int:    # anything with a stable text form
+    "A 63-bit seed for a named stream of random numbers, e.g. `stream_seed(seed, 'noise', step)`."
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 # %% ../nbs/04_training.ipynb #4272f505
 @dataclass
@@ -360,7 +396,7 @@ class Batch:
             part = slice(i, i + size)
             yield Batch(self.images[part], self.sigma[part], self.noise[part], {k: v[part] for k, v in self.cond.items()})
 
-# %% ../nbs/04_training.ipynb #a4e29d48
+# %% ../nbs/04_training.ipynb #935eb227
 def send(x:Tensor,               # anywhere
          device:torch.device,    # where it is needed
         ) -> Tensor:
@@ -368,6 +404,7 @@ def send(x:Tensor,               # anywhere
     if x.device.type == device.type: return x.to(device)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
+# %% ../nbs/04_training.ipynb #bc916478
 def make_batch(config:TrainConfig,     # what to draw
                data:ImageSet,          # on the training device, or in host memory if it does not fit
                order:IndexStream,      # which image comes when
@@ -412,7 +449,7 @@ class TrainState:
     worst:Tensor|None = None        # the longest such run since the last record
     saved:str = ""                  # the last good checkpoint
 
-# %% ../nbs/04_training.ipynb #f4cea0f6
+# %% ../nbs/04_training.ipynb #f76c85a0
 def build_denoiser(config:TrainConfig,   # names network and preconditioning
                    data:ImageSet,        # fixes resolution, channels and classes
                   ) -> Preconditioned:
@@ -424,6 +461,7 @@ def build_denoiser(config:TrainConfig,   # names network and preconditioning
     net = build_network({**arguments, **config.network}, generator=generator)
     return Preconditioned.from_config(net, config.precond)
 
+# %% ../nbs/04_training.ipynb #137fcce5
 def new_state(config:TrainConfig,     # what to train
               data:ImageSet,          # fixes the shape of the network
               device:torch.device,    # where
@@ -435,6 +473,7 @@ def new_state(config:TrainConfig,     # what to train
     zero = lambda: torch.zeros((), device=device)
     return TrainState(config, denoiser, EMA(denoiser), optimizer, skipped=zero(), in_a_row=zero(), worst=zero())
 
+# %% ../nbs/04_training.ipynb #f3d1ef50
 def ema_denoiser(state:TrainState) -> Preconditioned:   # in eval mode, independent of the live weights
     "A copy of the denoiser that carries the averaged weights."
     return state.ema.copy_to(copy.deepcopy(state.denoiser)).eval().requires_grad_(False)
@@ -461,7 +500,7 @@ def backward(forward:Callable,      # the denoiser, or its compiled or distribut
         total += losses.detach().sum() / config.batch
     return total
 
-# %% ../nbs/04_training.ipynb #56e5b69a
+# %% ../nbs/04_training.ipynb #6b0cc958
 def guard(state:TrainState,     # counters to advance
           loss:Tensor,          # of this process
           world:int=1,          # number of processes
@@ -476,6 +515,7 @@ def guard(state:TrainState,     # counters to advance
     torch.maximum(state.worst, state.in_a_row, out=state.worst)
     return norm, bad
 
+# %% ../nbs/04_training.ipynb #dc9b67e3
 def train_step(forward:Callable,      # the denoiser or its wrapper
                state:TrainState,      # is advanced in place
                batch:Batch,           # this process's part
@@ -493,13 +533,14 @@ def train_step(forward:Callable,      # the denoiser or its wrapper
     state.images += config.batch
     return loss, norm, bad
 
-# %% ../nbs/04_training.ipynb #f71d1394
+# %% ../nbs/04_training.ipynb #acaa6f22
 class Team(NamedTuple):
     "The processes that train together; alone, rank is 0 and world 1."
     rank:int
     world:int
     device:torch.device
 
+# %% ../nbs/04_training.ipynb #79c58ea8
 @contextlib.contextmanager
 def join_team(device:str|torch.device|None=None,   # the default is this process's GPU, or the CPU
               timeout:float=600,                   # seconds after which a silent partner counts as dead
@@ -516,6 +557,7 @@ def join_team(device:str|torch.device|None=None,   # the default is this process
     finally:
         if mine: dist.destroy_process_group()
 
+# %% ../nbs/04_training.ipynb #69d02660
 def wrap(state:TrainState,   # whose denoiser is wrapped
          team:Team,          # who takes part
         ) -> Callable:       # same signature as the denoiser
@@ -525,7 +567,7 @@ def wrap(state:TrainState,   # whose denoiser is wrapped
     ids = [team.device] if team.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
 
-# %% ../nbs/04_training.ipynb #846c7804
+# %% ../nbs/04_training.ipynb #02504abf
 @contextlib.contextmanager
 def lock_folder(folder:Path) -> Iterator[Path]:   # the folder, made if missing
     "Hold a run folder for this process; the system lets go when the process ends, however it ends."
@@ -535,12 +577,13 @@ def lock_folder(folder:Path) -> Iterator[Path]:   # the folder, made if missing
     except OSError as error:
         raise OSError(error.errno, f"cannot write to the run folder {folder}: {error.strerror}; choose another folder") from error
     with file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if fcntl is not None: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another run is training in {folder}; wait for it, stop it, or choose another folder") from None
         yield folder
 
-# %% ../nbs/04_training.ipynb #f00c44f5
+# %% ../nbs/04_training.ipynb #42d18600
 def state_tensors(state:TrainState) -> dict:   # name → tensor
     "Every tensor of the training state under a flat name: weights, averages, optimizer, counters."
     tensors = {f"weights.{k}": v for k, v in state.denoiser.state_dict().items()}
@@ -549,6 +592,7 @@ def state_tensors(state:TrainState) -> dict:   # name → tensor
         tensors |= {f"adam.{name}.{k}": v for name, v in state.optimizer.state.get(p, {}).items()}
     return tensors | {f"count.{k}": getattr(state, k) for k in ("skipped", "in_a_row", "worst")}
 
+# %% ../nbs/04_training.ipynb #33a4cd5b
 @torch.no_grad()
 def restore_tensors(state:TrainState,   # is overwritten
                     tensors:dict,       # from `state_tensors`
@@ -563,7 +607,7 @@ def restore_tensors(state:TrainState,   # is overwritten
         state.optimizer.state[p] = {"step": tensors[f"adam.step.{k}"].to(p.device), **moments}
     for k in ("skipped", "in_a_row", "worst"): getattr(state, k).copy_(tensors[f"count.{k}"])
 
-# %% ../nbs/04_training.ipynb #ebb3e420
+# %% ../nbs/04_training.ipynb #4bd23d45
 def save_run(state:TrainState,   # what to save
              folder:Path,        # the run folder
             ) -> None:
@@ -578,6 +622,7 @@ def save_run(state:TrainState,   # what to save
                       f"Last good checkpoint: {state.saved or 'none'}. Make room and start the same command again") from error
     state.saved = str(path)
 
+# %% ../nbs/04_training.ipynb #58b4c2a1
 FREE = ("images", "log_every", "save_every", "grid_every", "max_bad", "expected")    # may change between runs
 
 def restore_run(state:TrainState,   # a fresh state of the same configuration
@@ -612,10 +657,11 @@ class Progress:
         "The numbers alone."
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "state"}
 
-# %% ../nbs/04_training.ipynb #dc0c9dce
+# %% ../nbs/04_training.ipynb #1200075c
 class TrainingDiverged(RuntimeError):
     "Too many updates in a row had a non-finite loss or gradient."
 
+# %% ../nbs/04_training.ipynb #eab5507d
 class Meter:
     "Sums on the device; reading them is the loop's only synchronisation."
     def __init__(self, device:torch.device):
@@ -641,7 +687,7 @@ class Meter:
         return Progress(state.images, total/good if good else math.nan, float(self.norm),
                         state.optimizer.param_groups[0]["lr"], int(state.skipped), images/passed, state.seconds, state)
 
-# %% ../nbs/04_training.ipynb #0bbc6560
+# %% ../nbs/04_training.ipynb #3e83d6cb
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[list]:   # non-empty once Ctrl-C was pressed
     "Let a step finish before Ctrl-C stops the run; a second Ctrl-C stops at once."
@@ -657,6 +703,7 @@ def deferred_interrupt() -> Iterator[list]:   # non-empty once Ctrl-C was presse
     try: yield pressed
     finally: signal.signal(signal.SIGINT, old)
 
+# %% ../nbs/04_training.ipynb #3d382058
 def due(before:int,    # images at the last look
         now:int,       # images now
         every:int,     # 0: never
@@ -720,7 +767,7 @@ def train(config:TrainConfig,             # what to train
             grid = record.images
             yield record
 
-# %% ../nbs/04_training.ipynb #0a7fac4d
+# %% ../nbs/04_training.ipynb #31eaf3b9
 class RunLog:
     "What a run leaves behind for people: `config.json`, `log.jsonl`, sample grids, TensorBoard events if it is installed."
     def __init__(self, folder:Path,        # the run folder
@@ -752,6 +799,7 @@ class RunLog:
         from edm_nb.figures import save_png
         save_png(self.folder/"samples"/f"{record.images:09d}.png", sample_grid(ema_denoiser(record.state)), scale=2)
 
+# %% ../nbs/04_training.ipynb #68a20087
 def write_text(path:Path, text:str) -> Path:   # the path
     "Write a file whole or not at all."
     fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -15,7 +15,7 @@ from edm_nb import checkpoints
 from edm_nb import training as T
 from edm_nb.data import digits
 
-TOY = dataclasses.replace(T.PRESETS["toy"], images=1280, log_every=64, save_every=128, augment=0.3, label_dropout=0.1,
+TOY = dataclasses.replace(T.PRESETS["toy"], batch=32, images=640, log_every=32, save_every=64, augment=0.3, label_dropout=0.1,
                           network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1, dropout=0.1))
 SCRIPT = """
 import sys, json
@@ -60,17 +60,17 @@ def test_kill_minus_nine_then_resume_is_bit_exact(tmp_path):
     whole = run_all(TOY, tmp_path/"whole")
     process = start(TOY, tmp_path/"killed")
     for line in process.stdout:
-        if int(line) >= 448: break          # past a checkpoint, between two
+        if int(line) >= 224: break          # past a checkpoint, between two
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     process.stdout.close(); process.stderr.close()
     kept = checkpoints.load_state(tmp_path/"killed"/"state")[1]["images"]
-    assert 128 <= kept < 1280
+    assert 64 <= kept < 640
     resumed = run_all(TOY, tmp_path/"killed")
     assert same(everything(whole.state), everything(resumed.state))
     log = lambda name: [json.loads(line) for line in (tmp_path/name/"log.jsonl").read_text().splitlines()]
     numbers = lambda name: [(r["images"], r["loss"], r["skipped"]) for r in log(name)]
-    assert [r[0] for r in numbers("killed")] == list(range(64, 1281, 64))     # no record twice, none missing
+    assert [r[0] for r in numbers("killed")] == list(range(32, 641, 32))     # no record twice, none missing
     assert numbers("killed")[-1] == numbers("whole")[-1]
 
 
@@ -78,7 +78,7 @@ def test_resume_in_memory_of_the_test_process(tmp_path):
     "Break off at a record, start again: same final state, and the averaged model on disk is the state's."
     whole = run_all(TOY)
     for record in T.train(TOY, tmp_path, device="cpu"):
-        if record.images >= 640: break
+        if record.images >= 320: break
     del record
     resumed = run_all(TOY, tmp_path)
     assert same(everything(whole.state), everything(resumed.state))
@@ -87,12 +87,12 @@ def test_resume_in_memory_of_the_test_process(tmp_path):
 
 
 def test_longer_training_continues_a_finished_run(tmp_path):
-    run_all(dataclasses.replace(TOY, images=640), tmp_path)
+    run_all(dataclasses.replace(TOY, images=320), tmp_path)
     assert same(everything(run_all(TOY, tmp_path).state), everything(run_all(TOY).state))
 
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
-    run_all(dataclasses.replace(TOY, images=128), tmp_path)
+    run_all(dataclasses.replace(TOY, images=64), tmp_path)
     with pytest.raises(ValueError, match="another configuration.*lr: 0.002"): run_all(dataclasses.replace(TOY, lr=1.0), tmp_path)
 
 
@@ -111,10 +111,10 @@ def poison(monkeypatch, when):
 def test_non_finite_update_is_skipped_and_counted(monkeypatch):
     poison(monkeypatch, lambda k: k in (3, 7, 8))
     before = {}
-    config = dataclasses.replace(TOY, log_every=64)
+    config = TOY
     for record in T.train(config, device="cpu"):
         now = everything(record.state)
-        step = record.images // 64 - 1
+        step = record.images // 32 - 1
         if step in (3, 7, 8):
             assert all(torch.equal(now[k], before[k]) for k in now if k.startswith(("weights.", "adam.")))
             assert record.loss != record.loss                   # nothing finite to report
@@ -161,22 +161,22 @@ def test_disk_full_leaves_the_last_checkpoint(monkeypatch, tmp_path):
         if len(calls) > 3: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return plain(*args, **kwargs)
     monkeypatch.setattr(checkpoints, "save_state", full)
-    with pytest.raises(OSError, match="No space left.*state-000000000384.*same command"): run_all(TOY, tmp_path)
+    with pytest.raises(OSError, match="No space left.*state-000000000192.*same command"): run_all(TOY, tmp_path)
     monkeypatch.setattr(checkpoints, "save_state", plain)
-    assert checkpoints.load_state(tmp_path/"state")[1]["images"] == 384
+    assert checkpoints.load_state(tmp_path/"state")[1]["images"] == 192
     assert same(everything(run_all(TOY, tmp_path).state), everything(whole.state))
 
 
 def test_ctrl_c_leaves_a_checkpoint_of_the_last_finished_update(tmp_path):
-    config = dataclasses.replace(TOY, images=10**7, save_every=10**7, log_every=64)
+    config = dataclasses.replace(TOY, images=10**7, save_every=10**7)
     process = start(config, tmp_path)
     for line in process.stdout:
-        if int(line) >= 256: break
+        if int(line) >= 96: break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     seen = checkpoints.load_state(tmp_path/"state")[1]["images"]
-    assert seen >= 256
+    assert seen >= 96
     short = dataclasses.replace(TOY, images=seen, save_every=0)
     run = run_all(short)
     tensors = checkpoints.load_state(tmp_path/"state")[0]
@@ -194,10 +194,10 @@ def test_interrupt_is_deferred_to_the_end_of_the_step():
 
 
 def test_log_grid_and_configuration_are_written(tmp_path):
-    config = dataclasses.replace(TOY, images=256, grid_every=128)
+    config = dataclasses.replace(TOY, images=128, grid_every=64)
     run_all(config, tmp_path)
     assert T.config_from(json.loads((tmp_path/"config.json").read_text())) == config
-    assert sorted(p.name for p in (tmp_path/"samples").glob("*.png")) == ["000000128.png", "000000256.png"]
+    assert sorted(p.name for p in (tmp_path/"samples").glob("*.png")) == ["000000064.png", "000000128.png"]
     assert len((tmp_path/"log.jsonl").read_text().splitlines()) == 4
     assert not list(tmp_path.rglob("*.tmp"))
 
