@@ -24,7 +24,7 @@ def factor_choices(moments:int,   # number of vanishing moments
         kept = [z**sign for z, sign in zip(inside, choice)]
         yield kept + [z.conjugate() for z in kept if abs(z.imag) > 1e-9]
 
-# %% ../nbs/12_augmentation.ipynb #82f4d636
+# %% ../nbs/12_augmentation.ipynb #42fc56a1
 @lru_cache
 def symlet(moments:int=6,     # number of vanishing moments; "sym6" has 6
           ) -> tuple:         # 2 × moments taps that sum to one
@@ -36,12 +36,13 @@ def symlet(moments:int=6,     # number of vanishing moments; "sym6" has 6
     best = min(filters, key=lambda h: np.abs(h - h[::-1]).sum().round(9))
     return tuple(best.tolist())
 
+# %% ../nbs/12_augmentation.ipynb #65e26280
 def centre(taps:tuple,   # of a filter that sums to one
           ) -> float:    # in samples from the first tap
     "Where a filter puts a smooth signal: its centre of mass."
     return sum(i * h for i, h in enumerate(taps))
 
-# %% ../nbs/12_augmentation.ipynb #d54ba08c
+# %% ../nbs/12_augmentation.ipynb #d9aecbfa
 def up_matrix(n:int,        # pixels along the axis, at least 2
               taps:tuple,   # filter, sums to one
              ) -> Tensor:   # float64 `[4(n−1) + 1, n]`
@@ -49,10 +50,11 @@ def up_matrix(n:int,        # pixels along the axis, at least 2
     period = 4 * (n - 1)
     up = torch.zeros(period + 1, n, dtype=torch.float64)
     for m in range(period + 1):
-        for i in range(-len(taps), m//2 + 1):   # pixel i of the reflected line reaches samples 2i, 2i + 1, ...
-            if m - 2*i < len(taps): up[m, reflect(i, n)] += 2 * taps[m - 2*i]
+        for i in range((m - len(taps))//2 + 1, m//2 + 1):   # pixel i of the mirrored line reaches samples 2i, 2i + 1, ...
+            up[m, reflect(i, n)] += 2 * taps[m - 2*i]
     return up
 
+# %% ../nbs/12_augmentation.ipynb #f06cbbf3
 def reflect(i:int,      # position on the infinite line
             n:int,      # pixels
            ) -> int:    # the pixel that stands there
@@ -60,6 +62,7 @@ def reflect(i:int,      # position on the infinite line
     i = i % (2*n - 2)
     return min(i, 2*n - 2 - i)
 
+# %% ../nbs/12_augmentation.ipynb #3385171c
 def down_matrix(n:int,        # pixels along the axis
                 taps:tuple,   # filter, sums to one
                ) -> Tensor:   # float64 `[n, 2n − 2 + taps]`
@@ -96,7 +99,7 @@ def source_grid(inverse:Tensor,   # `[B, 2, 3]`: output (x, y, 1) to input (x, y
         torch.add(a*x / (4*n - 4), offset / (4*n - 4), out=grid[..., k])   # in periods
     return grid.sub_(grid.floor()).mul_(2).sub_(1)
 
-# %% ../nbs/12_augmentation.ipynb #b7f764b6
+# %% ../nbs/12_augmentation.ipynb #c6985b10
 def warp(images:Tensor,          # float32 or float64 `[B, C, H, W]`, H and W at least 2
          inverse:Tensor,         # `[B, 2, 3]`: output (x, y, 1) to input (x, y), in pixels from the image's centre
          taps:tuple=symlet(6),   # resampling filter, orthogonal, sums to one
@@ -114,6 +117,7 @@ def warp(images:Tensor,          # float32 or float64 `[B, C, H, W]`, H and W at
             out[part] = warp_chunk(images[part], inverse[part].to(images.dtype), taps, matrices)
     return out
 
+# %% ../nbs/12_augmentation.ipynb #2fe834ba
 def chunk_size(images:Tensor,        # `[B, C, H, W]`
                budget:int=32*2**20,  # bytes of scratch memory
               ) -> int:              # images per chunk, at least 1
@@ -121,6 +125,7 @@ def chunk_size(images:Tensor,        # `[B, C, H, W]`
     channels, height, width = images.shape[1:]
     return max(1, budget // (images.element_size() * (height + 5) * (width + 5) * (24*channels + 16)))
 
+# %% ../nbs/12_augmentation.ipynb #dbfc2866
 def warp_chunk(x:Tensor,          # `[K, C, H, W]`
                inverse:Tensor,    # `[K, 2, 3]`
                taps:tuple,        # resampling filter
@@ -157,7 +162,7 @@ class Draw:
         moved = torch.stack([self.scale, self.angle, self.aniso, self.shift_x, self.shift_y])
         return (moved != 0).any(0)
 
-# %% ../nbs/12_augmentation.ipynb #0e43ed63
+# %% ../nbs/12_augmentation.ipynb #69e72c35
 def inverse_map(draw:Draw,            # of B images
                 height:int,           # of the images
                 width:int,            # of the images
@@ -171,6 +176,7 @@ def inverse_map(draw:Draw,            # of B images
     shift = torch.stack([draw.shift_x * (fraction * width), draw.shift_y * (fraction * height)], 1)[:, :, None]
     return torch.cat([linear, -(linear @ shift)], 2)
 
+# %% ../nbs/12_augmentation.ipynb #5b8fdd9d
 def turn(angle:Tensor,   # radians `[B]`
         ) -> Tensor:     # `[B, 2, 2]`
     "Rotation from the x axis towards the y axis."
@@ -218,7 +224,7 @@ class AugmentPipe:
         draw = self.draw(len(images), generator, images.device)
         return apply(images, draw), draw.labels()
 
-# %% ../nbs/12_augmentation.ipynb #2bcbd4a7
+# %% ../nbs/12_augmentation.ipynb #14fdbdb2
 def check_images(images:Tensor,   # to be augmented
                 ) -> None:
     "Refuse what is not a batch of float images."
@@ -226,6 +232,7 @@ def check_images(images:Tensor,   # to be augmented
         raise ValueError(f"expected float images [B, C, H, W], got {images.dtype} {tuple(images.shape)}; "
                          "convert uint8 with edm_nb.data.to_float")
 
+# %% ../nbs/12_augmentation.ipynb #e00c8ae5
 def apply(images:Tensor,          # float `[B, C, H, W]`
           draw:Draw,              # what to do with each
           select:bool|None=None,  # warp only where needed (the host looks); default: on the CPU

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-# %% ../nbs/11_networks.ipynb #7b72679c
+# %% ../nbs/11_networks.ipynb #28a23a99
 def xavier(fan_in:int,   # inputs that one output sums over
            fan_out:int,  # outputs that one input feeds
           ) -> float:    # half-width of the uniform distribution
     "Xavier: variance 2/(fan_in + fan_out), a compromise between forward and backward variance."
     return math.sqrt(6 / (fan_in + fan_out))
 
+# %% ../nbs/11_networks.ipynb #becf5dd1
 def kaiming(fan_in:int,   # inputs that one output sums over
             fan_out:int,  # outputs that one input feeds; not used
            ) -> float:    # half-width of the uniform distribution
@@ -75,16 +76,17 @@ class Linear(Layer):
     def forward(self, x:Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-# %% ../nbs/11_networks.ipynb #bf8f6fa0
+# %% ../nbs/11_networks.ipynb #1a314221
 BOX, BINOMIAL = (1, 1), (1, 3, 3, 1)
 
+# %% ../nbs/11_networks.ipynb #cdd0658f
 def filter_kernel(taps:tuple,   # one-dimensional filter, any scale
                  ) -> Tensor:   # `[1, 1, K, K]`, sums to one
     "The separable two-dimensional filter of some taps."
     f = torch.tensor(taps, dtype=torch.float32)
     return (f.outer(f) / f.sum()**2)[None, None]
 
-# %% ../nbs/11_networks.ipynb #941b6089
+# %% ../nbs/11_networks.ipynb #5f7d656c
 def halve(x:Tensor,       # `[B, C, H, W]`
           kernel:Tensor,  # `[1, 1, K, K]` from `filter_kernel`
          ) -> Tensor:     # `[B, C, H/2, W/2]`
@@ -94,6 +96,7 @@ def halve(x:Tensor,       # `[B, C, H, W]`
     kernel = kernel.to(x.dtype).expand(x.shape[1], 1, size, size)
     return F.conv2d(x, kernel, stride=2, padding=size//2 - 1, groups=x.shape[1])
 
+# %% ../nbs/11_networks.ipynb #0ba2204c
 def double(x:Tensor,       # `[B, C, H, W]`
            kernel:Tensor,  # `[1, 1, K, K]` from `filter_kernel`
           ) -> Tensor:     # `[B, C, 2H, 2W]`
@@ -377,7 +380,7 @@ def check_size(size:tuple,     # (height, width)
         raise ValueError(f"{what} {tuple(size)} must be (height, width), both divisible by {factor}: the network halves "
                          f"the image {levels - 1} times; pad the image or use fewer levels (channel_mult)")
 
-# %% ../nbs/11_networks.ipynb #87c82a42
+# %% ../nbs/11_networks.ipynb #bbc679d2
 def unet_plan(config:dict,   # see `ddpmpp`
              ) -> tuple:     # (encoder steps, decoder steps)
     "All steps of a network, from its sizes alone."
@@ -391,6 +394,7 @@ def unet_plan(config:dict,   # see `ddpmpp`
     skips = [step.outputs for step in enc if step.skip]
     return enc, list(decoder_plan(keys, widths, attends, skips, config["num_blocks"], style))
 
+# %% ../nbs/11_networks.ipynb #b96cab7f
 def full_size(resolution:int|tuple,   # one number for a square
              ) -> tuple:              # (height, width)
     "A resolution as height and width."
