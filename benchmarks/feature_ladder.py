@@ -1,6 +1,6 @@
 """Does `cifar-features` behave like a distance? Noise, blur, JPEG, missing and unequal classes in growing levels; the floor; bias against n.
 
-    EDM_NB_CIFAR10=TRAIN.zip python benchmarks/feature_ladder.py [--n 2500] [--repeats 3]
+    EDM_NB_CIFAR10=TRAIN.zip python benchmarks/feature_ladder.py [--n 2000] [--repeats 3]
 
 Damaged training images are compared with the statistics of the whole test set; subsets differ between repetitions. Writes
 results/feature_ladder.json.
@@ -32,8 +32,8 @@ def summary(values, level, unit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=2500); parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--pool", type=int, default=50_000, help="training images to draw from"); parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--n", type=int, default=2000); parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pool", type=int, default=20_000, help="training images to draw from"); parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default=str(ROOT/"results"/"feature_ladder.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

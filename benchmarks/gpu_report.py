@@ -101,9 +101,13 @@ class Report:
     def __init__(self, args):
         self.args, self.device, self.toy, self.out = args, torch.device(args.device), args.toy, Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.features = cifar_features()
-        if self.device.type == "cuda":
-            self.features.to(self.device)
+        self._features = self._reference = None
+
+    @property
+    def features(self):
+        "The feature network, on the device."
+        self._features = self._features or cifar_features(self.device)
+        return self._features
 
     def data(self, split):
         "The image set of a split; a toy run without data draws its own."
@@ -111,7 +115,7 @@ class Report:
         if path or not self.toy:
             found = load_images(path) if path else cifar10(split)
             return found.take(slice(256)) if self.toy else found
-        generator = torch.Generator().manual_seed(split == "train")
+        generator = torch.Generator().manual_seed(len(split))
         coarse = torch.rand(256, 3, 4, 4, generator=generator)
         images = torch.nn.functional.interpolate(coarse, 32, mode="bilinear").mul(255).to(torch.uint8)
         return ImageSet(images, torch.arange(256) % 10, "blobs", tuple("0123456789"))
@@ -140,7 +144,7 @@ class Report:
 
     def reference(self):
         "Statistics of the training set, computed once."
-        if not hasattr(self, "_reference"):
+        if self._reference is None:
             self._reference = self.stats(self.data("train").images.split(500))
         return self._reference
 
@@ -183,21 +187,22 @@ def correctness(report):
         config = dict(arch=arch, resolution=16, channels=3, label_dim=10, model_channels=32, num_blocks=1, attn_resolutions=[8])
         denoise = Preconditioned(build_network(config)).eval()
         for p in denoise.parameters():      # an untrained network returns zero, which would hide errors
-            p.data = torch.randn(p.shape, generator=generator) * p.data.std().nan_to_num(0).clamp(min=0.05)
+            p.data = torch.randn(p.shape, generator=generator) * (p[0].numel() if p.ndim > 1 else 100)**-0.5
         y, noise = torch.randn(2, 8, 3, 16, 16, generator=generator)
         sigma, labels = torch.logspace(-2, 1.5, 8), torch.eye(10)[:8]
         exact = Preconditioned(build_network(config)).double().eval()
         exact.load_state_dict(denoise.state_dict())
-        loss64 = edm_loss(exact, y.double(), sigma.double(), noise.double(), class_labels=labels.double())
-        D64 = exact(y.double(), sigma.double(), class_labels=labels.double())
         denoise.to(device)
-        on = [v.to(device) for v in (y, sigma, noise, labels)]
-        for name, enabled in (("fp32", False), ("bf16", True)):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-                D = denoise(on[0], on[1], class_labels=on[3])
-                loss = edm_loss(denoise, on[0], on[1], on[2], class_labels=on[3])
-            errors[f"{arch} D {name}"] = relative(D, D64)
-            errors[f"{arch} loss {name}"] = relative(loss, loss64)
+        inputs = (y, sigma.log() / 4, labels)
+        with torch.no_grad():
+            F64 = exact.net(*(v.double() for v in inputs))
+            loss64 = edm_loss(exact, y.double(), sigma.double(), noise.double(), class_labels=labels.double())
+            for name, enabled in (("fp32", False), ("bf16", True)):
+                with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+                    F = denoise.net(*(v.to(device) for v in inputs))
+                    loss = edm_loss(denoise, y.to(device), sigma.to(device), noise.to(device), class_labels=labels.to(device))
+                errors[f"{arch} F {name}"] = relative(F, F64)
+                errors[f"{arch} loss {name}"] = relative(loss, loss64)
     means = torch.randn(5, 6, generator=generator).double()
     noise = torch.randn(64, 6, generator=generator).double()
     for name, schedule in (("edm", edm_sigmas(18)), ("vp", vp_sigmas(18)), ("ve", ve_sigmas(18)), ("iddpm", iddpm_sigmas(18))):

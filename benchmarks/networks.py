@@ -79,7 +79,7 @@ def measure(task, network, device, options, rounds, seed):
     if options.get("channels_last"): x = x.contiguous(memory_format=torch.channels_last)
     x, y, t = x.to(device), y.to(device), t.to(device)
     wall, cpu = [], []
-    for step in range(rounds + 3):
+    for step in range(rounds + 2):
         if device == "cuda": torch.cuda.synchronize()
         start, busy = time.perf_counter(), time.process_time()
         with torch.autocast(device, torch.bfloat16, enabled=bool(options.get("bf16"))): out = net(x, t)
@@ -87,7 +87,7 @@ def measure(task, network, device, options, rounds, seed):
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda": torch.cuda.synchronize()
-        if step >= 3:
+        if step >= 2:
             wall.append(batch / (time.perf_counter() - start))
             cpu.append(batch / (time.process_time() - busy))
     peak = (torch.cuda.max_memory_allocated() if device == "cuda"

@@ -1,6 +1,6 @@
 """Train `cifar-features`, the small network behind the offline distance on 32×32 colour images.
 
-    python benchmarks/train_features.py --train TRAIN.zip --test TEST.zip [--epochs 10] [--threads 1]
+    python benchmarks/train_features.py --train TRAIN.zip --test TEST.zip [--epochs 10] [--second 6] [--threads 1]
 
 A plain stack of convolutions (whitening layer, three blocks of two 3×3 convolutions, global mean) learns the ten classes
 of CIFAR-10. Batch normalisation exists only while training: it has no gain, so it folds into the convolutions, and the
@@ -42,6 +42,7 @@ def write_atomic(path, content):
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content); file.flush(); os.fsync(file.fileno())
+        os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -157,7 +158,6 @@ def train(args):
     optimiser = torch.optim.SGD([dict(params=decay, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)],
                                 lr=args.lr, momentum=0.9, nesterov=True)
     per_epoch = len(images)//args.batch
-    total, warm = args.epochs*per_epoch, max(1, int(0.2*args.epochs*per_epoch))
     start, seconds = 0, 0.0
     checkpoint = Path(args.checkpoint)
     if checkpoint.exists():
@@ -166,7 +166,7 @@ def train(args):
         start, seconds = state["epoch"], state["seconds"]
         print(f"resumed after epoch {start}", flush=True)
     step = start*per_epoch
-    for epoch in range(start, args.epochs):
+    for epoch in range(start, args.epochs + args.second):
         clock = time.perf_counter()
         generator = torch.Generator().manual_seed(args.seed*1000 + epoch)      # an epoch is the same after a resume
         order, losses = torch.randperm(len(images), generator=generator), []
@@ -174,8 +174,7 @@ def train(args):
         for i in range(per_epoch):
             index = order[i*args.batch:(i+1)*args.batch]
             x = to_float(augment(images[index], args.shift, generator)).to(device)
-            rate = step/warm if step < warm else (total - step)/(total - warm)      # a triangle
-            for group in optimiser.param_groups: group["lr"] = args.lr*rate
+            for group in optimiser.param_groups: group["lr"] = learning_rate(step, per_epoch, args)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=0.1)
@@ -186,12 +185,20 @@ def train(args):
             losses.append(loss.item()); step += 1
             if args.max_steps and step >= args.max_steps: break
         seconds += time.perf_counter() - clock
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {sum(losses)/len(losses):.4f}  {seconds:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}/{args.epochs + args.second}  loss {sum(losses)/len(losses):.4f}  {seconds:.0f} s", flush=True)
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimiser=optimiser.state_dict(), epoch=epoch + 1, seconds=seconds)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, str(checkpoint) + ".tmp"); os.replace(str(checkpoint) + ".tmp", checkpoint)
         if args.max_steps and step >= args.max_steps: break
     return recalibrate(ema.float(), images, device), seconds, len(images)
+
+
+def learning_rate(step, per_epoch, args):
+    "A triangle over the first `epochs`, then a second one of half the height over the `second` epochs."
+    first, second = args.epochs*per_epoch, args.second*per_epoch
+    at, total, peak = (step, first, args.lr) if step < first else (step - first, second, args.lr/2)
+    warm = max(1, int(0.2*total))
+    return peak*(at/warm if at < warm else (total - at)/(total - warm))
 
 
 def hardware(device):
@@ -205,7 +212,8 @@ def hardware(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", required=True); parser.add_argument("--test", required=True)
-    parser.add_argument("--epochs", type=int, default=10); parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=10); parser.add_argument("--second", type=int, default=6, help="epochs of the second, lower cycle")
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=0.4); parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--ema", type=float, default=0.99); parser.add_argument("--shift", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0); parser.add_argument("--threads", type=int, default=1)
@@ -228,7 +236,7 @@ def main():
         test_accuracy_flip_averaged=accuracy(lambda u8: shipped.logits(u8) + shipped.logits(u8.flip(3)), test.images, test.labels),
         test_accuracy_before_folding_and_fp16=exact, n_train=n_train, n_test=len(test.images), feature_dim=WIDTHS[-1],
         parameters=sum(v.numel() for v in tensors.values()), seed=args.seed, seconds=round(seconds), hardware=hardware(args.device),
-        settings={k: getattr(args, k) for k in ("epochs", "batch", "lr", "weight_decay", "ema", "shift", "bf16", "limit")},
+        settings={k: getattr(args, k) for k in ("epochs", "second", "batch", "lr", "weight_decay", "ema", "shift", "bf16", "limit")},
         data=dict(train=dict(file=Path(args.train).name, sha256=sha256(args.train)), test=dict(file=Path(args.test).name, sha256=sha256(args.test)),
                   note="CIFAR-10 stored as JPEG (quality 75, 4:2:0): not bit-identical to the original images"),
         versions=dict(python=platform.python_version(), torch=torch.__version__), date=date.today().isoformat(),

@@ -96,6 +96,14 @@ def test_fast_route_declines_where_it_would_lose_digits():
     thin, full, _ = pair(40, 2, rank=10)[0], *pair(40, 2)[1:]
     assert M.root_trace_fast(thin, full) is None and M.root_trace_fast(full, thin) is None
     assert M.cholesky_factor(thin) is None and M.eigen_factor(thin).shape == (40, 10)
+    almost = thin + 1e-14*torch.eye(40, dtype=torch.float64)     # Cholesky runs through on what is only noise
+    assert not torch.linalg.cholesky_ex(almost).info and M.cholesky_factor(almost) is None
+    wide, other, _ = pair(40, 8)
+    assert M.cholesky_factor(wide) is not None and M.root_trace_fast(wide, other) is None
+
+
+def test_monotone_means_every_step():
+    assert M.monotone([0, 1, 2], [1, 2, 3]) and not M.monotone([0, 1, 2], [1, 3, 2]) and not M.monotone([0, 1, 2], [1, 1, 2])
 
 
 @pytest.mark.parametrize("change,message", [
@@ -306,9 +314,9 @@ def test_shipped_network_classifies():
 @pytest.mark.skipif(find_cifar10("test") is None, reason="set EDM_NB_CIFAR10")
 def test_damage_raises_the_distance():
     from edm_nb.data import cifar10
-    images, net = cifar10("test").images[:1600], M.cifar_features()
-    reference = M.feature_stats(images[800:], net)
-    probe = images[:800]
+    images, net = cifar10("test").images[:1000], M.cifar_features()
+    reference = M.feature_stats(images[400:], net)
+    probe = images[:400]
     ladders = {"noise": [M.add_noise(probe, l, gen()) for l in (0, 0.05, 0.2)], "blur": [M.blur(probe, l) for l in (0, 0.8, 2)],
                "jpeg": [probe, M.jpeg(probe, 20), M.jpeg(probe, 4)]}
     for name, ladder in ladders.items():
@@ -331,6 +339,23 @@ def test_only_the_known_weights_are_opened(tmp_path):
     with pytest.raises(ValueError, match="not the published Inception"): M.inception_weights(path)
     assert M.inception_weights(path, hashlib.sha256(b"not the weights").hexdigest()) == path
     with pytest.raises(FileNotFoundError, match="no Inception weights"): M.inception_weights(tmp_path/"none.pth")
+
+
+def test_inception_wrapper_reads_a_checked_file(tmp_path, monkeypatch):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with monkeypatch.context() as patch:                    # a network with random weights stands in for the download
+        patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
+        torch.manual_seed(0)
+        weights = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
+    torch.save(weights, tmp_path/"w.pth")
+    net = M.inception(tmp_path/"w.pth", sha256=M.file_hash(tmp_path/"w.pth"))
+    images = torch.randint(256, (2, 3, 32, 32), generator=gen()).byte()
+    assert net(images).shape == (2, 2048) and net(images).dtype == torch.float32
+    torch.testing.assert_close(net(images)[:1], net(images[:1]), rtol=1e-3, atol=1e-3)
+    assert net(images[:, :1]).shape == (2, 2048)
+    with pytest.raises(ValueError, match="uint8"): net(images.float())
+    with pytest.raises(ValueError, match="not the published Inception"): M.inception(tmp_path/"w.pth")
 
 
 def test_names_never_say_fid_for_another_network():
