@@ -6,7 +6,7 @@
 __all__ = ['LINEAR', 'VE', 'TABLE_1', 'require_floating', 'as_time', 'broadcast_sigma', 'require_noise_level', 'denoised',
            'score', 'noise_like', 'GaussianDenoiser', 'MixtureDenoiser', 'Schedule', 'unscaled', 'vp_schedule',
            'ode_derivative', 'refined_logits', 'float64_logits', 'rounding_error', 'expectation', 'sort_by_class',
-           'class_slices', 'IdealDenoiser', 'Cell', 'Row', 'steps', 'cell', 'vp_row', 've_row', 'iddpm_levels',
+           'class_slices', 'IdealDenoiser', 'Cell', 'Row', 'steps', 'tensor_cell', 'vp_row', 've_row', 'iddpm_levels',
            'iddpm_row', 'edm_row']
 
 # %% ../nbs/00_framework.ipynb #29d91d31
@@ -423,12 +423,14 @@ def steps(n:int,       # number of steps, >= 1
     if n < 1: raise ValueError(f"a sampler needs n >= 1 steps, got {n}")
     return torch.cat([f(torch.linspace(0, 1, n, dtype=torch.float64)), torch.zeros(1, dtype=torch.float64)])
 
-# %% ../nbs/00_framework.ipynb #7b581b64
-def cell(formula:str) -> Callable:
-    "Decorator-like shorthand: `cell(formula)(function)` on a tensor or a number."
-    return lambda function: Cell(formula, lambda value: function(as_time(value)))
+# %% ../nbs/00_framework.ipynb #26574948
+def tensor_cell(formula:str,        # LaTeX
+                function:Callable,  # of a tensor
+               ) -> Cell:
+    "A cell whose function also takes plain numbers, as float64."
+    return Cell(formula, lambda value: function(as_time(value)))
 
-# %% ../nbs/00_framework.ipynb #e496ed25
+# %% ../nbs/00_framework.ipynb #9b9bb3b8
 def vp_row(beta_d:float=19.9,      # slope of the noise rate
            beta_min:float=0.1,     # noise rate at t = 0
            epsilon_s:float=1e-3,   # smallest sampling time
@@ -441,15 +443,15 @@ def vp_row(beta_d:float=19.9,      # slope of the noise rate
         sigma=Cell(r"\sqrt{e^{\frac12\beta_d t^2+\beta_{min}t}-1}", vp.sigma),
         scale=Cell(r"1/\sqrt{e^{\frac12\beta_d t^2+\beta_{min}t}}", vp.scale),
         times=Cell(r"1+\frac{i}{N-1}(\epsilon_s-1)", lambda n: steps(n, lambda r: 1 + r*(epsilon_s - 1))),
-        c_skip=cell("1")(torch.ones_like),
-        c_out=cell(r"-\sigma")(lambda sigma: -sigma),
-        c_in=cell(r"1/\sqrt{\sigma^2+1}")(lambda sigma: (sigma**2 + 1).rsqrt()),
-        c_noise=cell(r"(M-1)\,\sigma^{-1}(\sigma)")(lambda sigma: (M - 1) * vp.sigma_inv(sigma)),
-        training_sigma=cell(r"\sigma^{-1}(\sigma)\sim U(\epsilon_t,1)")(lambda u: vp.sigma(epsilon_t + u*(1 - epsilon_t))),
-        weight=cell(r"1/\sigma^2")(lambda sigma: sigma**-2),
+        c_skip=tensor_cell("1", torch.ones_like),
+        c_out=tensor_cell(r"-\sigma", lambda sigma: -sigma),
+        c_in=tensor_cell(r"1/\sqrt{\sigma^2+1}", lambda sigma: (sigma**2 + 1).rsqrt()),
+        c_noise=tensor_cell(r"(M-1)\,\sigma^{-1}(\sigma)", lambda sigma: (M - 1) * vp.sigma_inv(sigma)),
+        training_sigma=tensor_cell(r"\sigma^{-1}(\sigma)\sim U(\epsilon_t,1)", lambda u: vp.sigma(epsilon_t + u*(1 - epsilon_t))),
+        weight=tensor_cell(r"1/\sigma^2", lambda sigma: sigma**-2),
         constants=dict(beta_d=beta_d, beta_min=beta_min, epsilon_s=epsilon_s, epsilon_t=epsilon_t, M=M))
 
-# %% ../nbs/00_framework.ipynb #810c1d4a
+# %% ../nbs/00_framework.ipynb #bc3f31c1
 def ve_row(sigma_min:float=0.02,  # smallest noise level
            sigma_max:float=100.,  # largest noise level
           ) -> Row:
@@ -460,12 +462,12 @@ def ve_row(sigma_min:float=0.02,  # smallest noise level
         scale=Cell("1", VE.scale),
         times=Cell(r"\sigma_{max}^2\,(\sigma_{min}^2/\sigma_{max}^2)^{\frac{i}{N-1}}",
                    lambda n: steps(n, lambda r: sigma_max**2 * ratio**(2*r))),
-        c_skip=cell("1")(torch.ones_like),
-        c_out=cell(r"\sigma")(lambda sigma: sigma.clone()),
-        c_in=cell("1")(torch.ones_like),
-        c_noise=cell(r"\ln(\frac12\sigma)")(lambda sigma: (sigma / 2).log()),
-        training_sigma=cell(r"\ln\sigma\sim U(\ln\sigma_{min},\ln\sigma_{max})")(lambda u: sigma_max * ratio**(1 - u)),
-        weight=cell(r"1/\sigma^2")(lambda sigma: sigma**-2),
+        c_skip=tensor_cell("1", torch.ones_like),
+        c_out=tensor_cell(r"\sigma", lambda sigma: sigma.clone()),
+        c_in=tensor_cell("1", torch.ones_like),
+        c_noise=tensor_cell(r"\ln(\frac12\sigma)", lambda sigma: (sigma / 2).log()),
+        training_sigma=tensor_cell(r"\ln\sigma\sim U(\ln\sigma_{min},\ln\sigma_{max})", lambda u: sigma_max * ratio**(1 - u)),
+        weight=tensor_cell(r"1/\sigma^2", lambda sigma: sigma**-2),
         constants=dict(sigma_min=sigma_min, sigma_max=sigma_max))
 
 # %% ../nbs/00_framework.ipynb #82a77a5d
@@ -480,7 +482,7 @@ def iddpm_levels(M:int=1000,       # number of levels
         u.append(math.sqrt((u[-1]**2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
     return torch.tensor(u[::-1], dtype=torch.float64)
 
-# %% ../nbs/00_framework.ipynb #67a3dede
+# %% ../nbs/00_framework.ipynb #16b51d96
 def iddpm_row(M:int=1000,       # number of levels
               C_1:float=0.001,  # floor of the ratio of successive ᾱ
               C_2:float=0.008,  # offset of the cosine
@@ -495,15 +497,15 @@ def iddpm_row(M:int=1000,       # number of levels
         scale=Cell("1", LINEAR.scale),
         times=Cell(r"u_k,\ k=\lfloor j_0+\frac{M-1-j_0}{N-1}\,i+\frac12\rfloor",
                    lambda n: steps(n, lambda r: u[(j_0 + (M - 1 - j_0)*r + 0.5).floor().long()])),
-        c_skip=cell("1")(torch.ones_like),
-        c_out=cell(r"-\sigma")(lambda sigma: -sigma),
-        c_in=cell(r"1/\sqrt{\sigma^2+1}")(lambda sigma: (sigma**2 + 1).rsqrt()),
-        c_noise=cell(r"M-1-\arg\min_j|u_j-\sigma|")(lambda sigma: (M - 1 - index(sigma)).to(sigma.dtype)),
-        training_sigma=cell(r"\sigma=u_j,\ j\sim U\{0,\dots,M-1\}")(lambda v: u.to(v)[(v * M).long().clamp(max=M - 1)]),
-        weight=cell(r"1/\sigma^2")(lambda sigma: sigma**-2),
+        c_skip=tensor_cell("1", torch.ones_like),
+        c_out=tensor_cell(r"-\sigma", lambda sigma: -sigma),
+        c_in=tensor_cell(r"1/\sqrt{\sigma^2+1}", lambda sigma: (sigma**2 + 1).rsqrt()),
+        c_noise=tensor_cell(r"M-1-\arg\min_j|u_j-\sigma|", lambda sigma: (M - 1 - index(sigma)).to(sigma.dtype)),
+        training_sigma=tensor_cell(r"\sigma=u_j,\ j\sim U\{0,\dots,M-1\}", lambda v: u.to(v)[(v * M).long().clamp(max=M - 1)]),
+        weight=tensor_cell(r"1/\sigma^2", lambda sigma: sigma**-2),
         constants=dict(M=M, C_1=C_1, C_2=C_2, j_0=j_0))
 
-# %% ../nbs/00_framework.ipynb #1bbc411d
+# %% ../nbs/00_framework.ipynb #d25469e8
 def edm_row(sigma_min:float=0.002,   # smallest noise level
             sigma_max:float=80.,     # largest noise level
             rho:float=7.,            # how much the steps crowd towards sigma_min
@@ -519,12 +521,12 @@ def edm_row(sigma_min:float=0.002,   # smallest noise level
         scale=Cell("1", LINEAR.scale),
         times=Cell(r"\big(\sigma_{max}^{1/\rho}+\frac{i}{N-1}(\sigma_{min}^{1/\rho}-\sigma_{max}^{1/\rho})\big)^\rho",
                    lambda n: steps(n, lambda r: (a + r*(b - a))**rho)),
-        c_skip=cell(r"\sigma_{data}^2/(\sigma^2+\sigma_{data}^2)")(lambda sigma: sigma_data**2 / total(sigma)),
-        c_out=cell(r"\sigma\,\sigma_{data}/\sqrt{\sigma^2+\sigma_{data}^2}")(lambda sigma: sigma * sigma_data * total(sigma).rsqrt()),
-        c_in=cell(r"1/\sqrt{\sigma^2+\sigma_{data}^2}")(lambda sigma: total(sigma).rsqrt()),
-        c_noise=cell(r"\frac14\ln\sigma")(lambda sigma: sigma.log() / 4),
-        training_sigma=cell(r"\ln\sigma\sim N(P_{mean},P_{std}^2)")(lambda u: (P_mean + P_std * torch.special.ndtri(u)).exp()),
-        weight=cell(r"(\sigma^2+\sigma_{data}^2)/(\sigma\,\sigma_{data})^2")(lambda sigma: total(sigma) / (sigma * sigma_data)**2),
+        c_skip=tensor_cell(r"\sigma_{data}^2/(\sigma^2+\sigma_{data}^2)", lambda sigma: sigma_data**2 / total(sigma)),
+        c_out=tensor_cell(r"\sigma\,\sigma_{data}/\sqrt{\sigma^2+\sigma_{data}^2}", lambda sigma: sigma * sigma_data * total(sigma).rsqrt()),
+        c_in=tensor_cell(r"1/\sqrt{\sigma^2+\sigma_{data}^2}", lambda sigma: total(sigma).rsqrt()),
+        c_noise=tensor_cell(r"\frac14\ln\sigma", lambda sigma: sigma.log() / 4),
+        training_sigma=tensor_cell(r"\ln\sigma\sim N(P_{mean},P_{std}^2)", lambda u: (P_mean + P_std * torch.special.ndtri(u)).exp()),
+        weight=tensor_cell(r"(\sigma^2+\sigma_{data}^2)/(\sigma\,\sigma_{data})^2", lambda sigma: total(sigma) / (sigma * sigma_data)**2),
         constants=dict(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, sigma_data=sigma_data, P_mean=P_mean, P_std=P_std))
 
 # %% ../nbs/00_framework.ipynb #8cb1103f
