@@ -1,0 +1,230 @@
+"""Alter one coefficient of the package at a time and require the fast tests to notice.
+
+    python tests/mutate.py                  # all mutations, about a minute on two cores
+    python tests/mutate.py --only lambda    # those whose name contains a word
+    python tests/mutate.py --list
+
+A test suite that accepts a wrong coefficient is decoration. Every line of MUTATIONS names a module, a piece of its text and a
+wrong replacement. For each the package is copied into a temporary folder, the copy is altered, and the tests of the
+group run on the copy. They must fail. The text must occur exactly once: a mutation whose target is gone, or has become
+ambiguous, is an error, so that this file cannot rot unseen. First the tests have to pass on an unaltered copy.
+
+Importing torch costs seconds, so it is imported once and every run is a fork of this process. That needs POSIX.
+"""
+import argparse
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 180      # seconds; an altered loop may not end
+TESTS_FAILED = 1   # pytest's exit code when tests ran and at least one failed
+
+
+class Mutation(NamedTuple):
+    "One wrong coefficient."
+    name: str     # for people
+    module: str   # file of edm_nb, without .py
+    old: str      # text that must occur exactly once in it
+    new: str      # what it becomes
+    group: str    # key of GROUPS: the tests that must notice
+
+
+# Tests of each group: files, and pytest's -k expression that leaves out what is slow or does not bear on numbers.
+GROUPS = {
+    "coefficients": (["tests/test_preconditioning.py"], "not compiles"),
+    "sampler": (["tests/test_stochastic.py"], "equation_6 or gamma or algorithm_2 or x_hat or missing or recursion or naive_loop or marginal"),
+    "training": (["tests/test_training.py"], "loss or quantiles or ema or ramp or guidance"),
+}
+
+MUTATIONS = [
+    # chapter 03: Table 1 and Eq. 7
+    Mutation("c_skip", "preconditioning", "c_skip = sigma_data**2 / variance", "c_skip = sigma_data / variance", "coefficients"),
+    Mutation("c_skip = 1", "preconditioning", "c_skip = sigma_data**2 / variance", "c_skip = torch.ones_like(variance)", "coefficients"),
+    Mutation("c_out", "preconditioning", "c_out = sigma * sigma_data / variance.sqrt()", "c_out = sigma * sigma_data / variance", "coefficients"),
+    Mutation("c_in", "preconditioning", "c_in = 1 / variance.sqrt()", "c_in = 1 / variance", "coefficients"),
+    Mutation("c_noise", "preconditioning", "c_noise = sigma.log() / 4", "c_noise = sigma.log() / 2", "coefficients"),
+    Mutation("lambda with a sum", "preconditioning", "/ (sigma * sigma_data)**2", "/ (sigma + sigma_data)**2", "coefficients"),
+    Mutation("lambda of a row", "preconditioning", "return 1 / c_out**2", "return 1 / c_out.abs()", "coefficients"),
+    Mutation("lambda of a denoiser", "preconditioning", "return 1 / self.coefficients(sigma, ndim)[1]**2",
+             "return 1 / self.coefficients(sigma, ndim)[2]**2", "coefficients"),
+    Mutation("c_noise of VP", "preconditioning", "(M - 1) * vp_time(", "M * vp_time(", "coefficients"),
+    Mutation("inverse of VP", "preconditioning", "return 2*u / (beta_min", "return u / (beta_min", "coefficients"),
+    Mutation("c_noise of VE", "preconditioning", "(sigma / 2).log()", "sigma.log()", "coefficients"),
+    Mutation("c_noise of iDDPM", "preconditioning", "(M - 1 - j).to(", "(M - j).to(", "coefficients"),
+    Mutation("sign of v", "preconditioning", "return c_in**2, -sigma * c_in", "return c_in**2, sigma * c_in", "coefficients"),
+    Mutation("c_in of flow", "preconditioning", "c_in = 1 / (1 + sigma)", "c_in = 1 / (1 + sigma**2)", "coefficients"),
+    Mutation("schedule of flow", "preconditioning", "sigma_deriv=lambda t: 1 / (1 - as_time(t))**2", "sigma_deriv=lambda t: 1 / (1 - as_time(t))",
+             "coefficients"),
+    Mutation("Eq. 7, sign", "preconditioning", "* x + c_out.to(x.dtype) * F", "* x - c_out.to(x.dtype) * F", "coefficients"),
+    Mutation("Eq. 7, no c_in", "preconditioning", "network_input(c_in.to(x.dtype) * x,", "network_input(x,", "coefficients"),
+    Mutation("c_noise in low precision", "preconditioning", "c_noise.flatten().to(torch.promote_types(inputs.dtype, torch.float32))",
+             "c_noise.flatten().to(inputs.dtype)", "coefficients"),
+    Mutation("order of channels", "preconditioning", "torch.cat([x, extra], dim=1)", "torch.cat([extra, x], dim=1)", "coefficients"),
+    Mutation("learned variance", "preconditioning", "return F[:, :C]", "return F[:, -C:]", "coefficients"),
+    Mutation("merge of sigma_data", "preconditioning", "(count*k / (count + k))", "(count / (count + k))", "coefficients"),
+    Mutation("sigma_data between channels", "preconditioning", "(variance + (mean - mean.mean())**2)", "variance", "coefficients"),
+    Mutation("sigma_max", "preconditioning", "(ratio - ratio.log1p())", "ratio", "coefficients"),
+    # chapter 00: the table that chapter 03 is compared with
+    Mutation("Table 1, c_skip", "framework", "lambda sigma: sigma_data**2 / total(sigma)", "lambda sigma: sigma_data / total(sigma)", "coefficients"),
+    Mutation("Table 1, lambda", "framework", "total(sigma) / (sigma*sigma_data)**2", "total(sigma) / (sigma+sigma_data)**2", "coefficients"),
+    Mutation("Table 1, u_j", "framework", "/ (M * (C_2 + 1)))**2", "/ (M * C_2 + M + 1))**2", "coefficients"),
+    Mutation("Gaussian denoiser", "framework", "(x - mean) * (self.std.to(x)**2 / variance)", "(x - mean) * (self.std.to(x) / variance)", "coefficients"),
+    Mutation("VP schedule", "framework", "0.5 * beta_d * as_time(t)**2", "beta_d * as_time(t)**2", "coefficients"),
+    Mutation("VP slope", "framework", "0.5 * beta(t) * (sigma(t) + 1 / sigma(t))", "beta(t) * (sigma(t) + 1 / sigma(t))", "sampler"),
+    Mutation("Eq. 4", "framework", "(sigma_deriv / sigma + s_deriv / s) * x", "(sigma_deriv / sigma - s_deriv / s) * x", "coefficients"),
+    # chapters 01 and 02: steps, Heun, churn
+    Mutation("Heun weights", "ode_solvers", ".lerp_(x, 0.5)", ".lerp_(x, 0.45)", "sampler"),
+    Mutation("slope of Eq. 4", "ode_solvers", "-h*dsigma/sigma)", "-h*dsigma*sigma)", "sampler"),
+    Mutation("gamma, min", "stochastic", "gamma = min(churn.S_churn/n, MAX_GAMMA)", "gamma = max(churn.S_churn/n, MAX_GAMMA)", "sampler"),
+    Mutation("gamma, bound", "stochastic", "MAX_GAMMA = math.sqrt(2) - 1", "MAX_GAMMA = math.sqrt(2) - 0.9", "sampler"),
+    Mutation("S_tmin", "stochastic", "if churn.S_tmin <= sigma <= churn.S_tmax", "if sigma <= churn.S_tmax", "sampler"),
+    Mutation("t_hat", "stochastic", "torch.tensor(sigma*(1 + gamma)", "torch.tensor(sigma*(1 + 2*gamma)", "sampler"),
+    Mutation("added variance", "stochastic", "math.sqrt(sigma_hat**2 - sigma**2)", "(sigma_hat - sigma)", "sampler"),
+    Mutation("S_noise", "stochastic", "s_hat*S_noise*math.sqrt", "s_hat*math.sqrt", "sampler"),
+    Mutation("D at the old sigma", "stochastic", "solver(flow, x_hat, t_hat, t_next, history)", "solver(flow, x_hat, t, t_next, history)", "sampler"),
+    Mutation("Eq. 6, noise", "stochastic", "s*sigma*math.sqrt(2*rate)", "s*sigma*math.sqrt(rate)", "sampler"),
+    Mutation("Eq. 6, score", "stochastic", "s*(rate - dsigma/sigma*dt)", "s*(2*rate - dsigma/sigma*dt)", "sampler"),
+    # chapter 04: the loss and what surrounds it
+    Mutation("loss", "training", "(weight(column, sigma_data) * (D - images)**2)", "((D - images)**2)", "training"),
+    Mutation("P_mean", "training", "P_mean:float=-1.2", "P_mean:float=-1.0", "training"),
+    Mutation("log-normal", "training", "P_std * math.sqrt(2) * torch.erfinv", "P_std * torch.erfinv", "training"),
+    Mutation("epsilon_t", "training", "epsilon_t + (1 - epsilon_t) * u", "(1 - epsilon_t) * u", "training"),
+    Mutation("EMA half-life", "training", "return 0.5**(batch / halflife)", "return 0.6**(batch / halflife)", "training"),
+    Mutation("EMA weights", "training", "current, 1 - beta)", "current, beta)", "training"),
+    Mutation("warm-up", "training", "lr * min(1.0, seen / rampup)", "lr * min(1.0, 2 * seen / rampup)", "training"),
+    Mutation("guidance", "training", "return D + w * gap", "return D + (1 + w) * gap", "training"),
+]
+
+
+def mutated(text, old, new):
+    "`text` with its one occurrence of `old` replaced, spaces ignored. LookupError where there is none, or more than one."
+    pattern = r"\s*".join(re.escape(token) for token in re.findall(r"\w+|[^\w\s]", old))
+    found = list(re.finditer(pattern, text))
+    if len(found) != 1:
+        raise LookupError(f"the text {old!r} occurs {len(found)} times, expected 1: bring tests/mutate.py up to date")
+    return text[:found[0].start()] + new + text[found[0].end():]
+
+
+def copy_package(folder, mutation=None):
+    "The package under `folder`, altered where a mutation is given."
+    target = Path(folder) / "edm_nb"
+    shutil.copytree(ROOT / "edm_nb", target, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutation:
+        path = target / f"{mutation.module}.py"
+        path.write_text(mutated(path.read_text(encoding="utf-8"), mutation.old, mutation.new), encoding="utf-8")
+
+
+def run_tests(folder, group, log):
+    "In a fork: import the package from `folder`, run the tests of a group, exit with pytest's code."
+    import pytest
+    os.chdir(ROOT)
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(folder))
+    files, expression = GROUPS[group]
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        import edm_nb
+        if not Path(edm_nb.__file__).is_relative_to(folder):
+            raise RuntimeError(f"imported {edm_nb.__file__}, not the copy in {folder}")
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not cifar", "-k", expression, *files])
+    log.write_text(output.getvalue(), encoding="utf-8")
+    os._exit(int(code))   # no clean-up of the parent's libraries in the fork
+
+
+class Run:
+    "One fork with its copy of the package."
+    def __init__(self, group, folder, mutation=None):
+        self.group, self.mutation, self.folder = group, mutation, Path(folder)
+        self.name = mutation.name if mutation else f"unaltered, {group}"
+        copy_package(self.folder, mutation)
+        self.log = self.folder / "log.txt"
+        self.process = multiprocessing.get_context("fork").Process(target=run_tests, args=(self.folder, group, self.log))
+        self.process.start()
+        self.started = time.monotonic()
+
+    def verdict(self):
+        "None while it runs, then '' for what should be and a complaint for what should not."
+        late = time.monotonic() - self.started > TIMEOUT
+        if self.process.is_alive() and not late:
+            return None
+        if late and self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        code, wanted = self.process.exitcode, TESTS_FAILED if self.mutation else 0
+        if code == wanted or (late and self.mutation):   # a loop that no longer ends was noticed
+            return ""
+        tail = self.log.read_text(encoding="utf-8")[-1500:] if self.log.exists() else "(no output)"
+        if self.mutation and code == 0:
+            return f"SURVIVED: {self.mutation.old!r} -> {self.mutation.new!r} passes {GROUPS[self.group]}"
+        return f"exit code {code}, expected {wanted}\n{tail}"
+
+
+def run_all(tasks, jobs):
+    "Run (group, mutation) pairs, some at a time; returns the complaints."
+    complaints, waiting, running = [], list(tasks), []
+    with tempfile.TemporaryDirectory(prefix="edm_nb_mutate_") as folder:
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                group, mutation = waiting.pop(0)
+                running.append(Run(group, tempfile.mkdtemp(dir=folder), mutation))
+            wait([run.process.sentinel for run in running], timeout=1)
+            for run in list(running):
+                verdict = run.verdict()
+                if verdict is None:
+                    continue
+                running.remove(run)
+                print(f"{'ok ' if not verdict else 'BAD'} {run.name:32s} {time.monotonic() - run.started:5.1f} s", flush=True)
+                if verdict:
+                    complaints.append(f"{run.name}: {verdict}")
+                shutil.rmtree(run.folder)
+    return complaints
+
+
+def main(argv=None):
+    "Command line; returns the exit status."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the mutations whose name contains this")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args(argv)
+    chosen = [m for m in MUTATIONS if args.only in m.name]
+    if args.list:
+        print("\n".join(f"{m.name:32s} {m.module:16s} {m.old}  ->  {m.new}" for m in chosen))
+        return 0
+    if not chosen:
+        print(f"no mutation's name contains {args.only!r}; see --list", file=sys.stderr)
+        return 2
+    for m in chosen:   # a stale target is found before any time is spent
+        try:
+            mutated((ROOT / "edm_nb" / f"{m.module}.py").read_text(encoding="utf-8"), m.old, m.new)
+        except LookupError as error:
+            print(f"{m.name} in edm_nb/{m.module}.py: {error}", file=sys.stderr)
+            return 2
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in ("torch", "numpy", "pytest", "hypothesis", "scipy.stats"):   # once, for all forks
+        __import__(name)
+    sys.modules["torch"].set_num_threads(1)
+    started = time.monotonic()
+    groups = sorted({m.group for m in chosen})
+    complaints = run_all([(group, None) for group in groups], args.jobs)
+    if not complaints:
+        complaints = run_all([(m.group, m) for m in chosen], args.jobs)
+    print(f"{len(chosen)} mutations, {len(complaints)} complaints, {time.monotonic() - started:.0f} s")
+    for complaint in complaints:
+        print("\n" + complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
