@@ -37,13 +37,13 @@ from edm_nb import checkpoints  # noqa: E402
 from edm_nb.augmentation import AugmentPipe  # noqa: E402
 from edm_nb.data import ImageSet, IndexStream, cifar10, load_images, one_hot, to_float, to_uint8  # noqa: E402
 from edm_nb.figures import save_png  # noqa: E402
-from edm_nb.framework import MixtureDenoiser  # noqa: E402
+from edm_nb.framework import LINEAR, VE, MixtureDenoiser, vp_schedule  # noqa: E402
 from edm_nb.metrics import FeatureStats, cifar_features, frechet_distance, nearest_neighbours  # noqa: E402
 from edm_nb.networks import build_network  # noqa: E402
 from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas  # noqa: E402
 from edm_nb.preconditioning import Preconditioned  # noqa: E402
 from edm_nb.stochastic import Churn, SeededNoise, langevin, sample  # noqa: E402
-from edm_nb.training import (PRESETS, EMA, TrainState, edm_loss, ema_denoiser, make_batch, new_state, to_device,  # noqa: E402
+from edm_nb.training import (PRESETS, TrainState, edm_loss, ema_denoiser, make_batch, new_state, to_device,  # noqa: E402
                              train, train_step)
 
 CHURNS = {"none": Churn(), "CIFAR-10, VP": Churn(30, 0.01, 1, 1.007), "CIFAR-10, VE": Churn(80, 0.05, 1, 1.007)}
@@ -155,25 +155,25 @@ class Report:
             stats.update(self.features(images.to(self.device)).cpu())
         return stats
 
-    def distance(self, denoise, n, sigmas, churn=Churn(), solver=heun, first_seed=0):
+    def distance(self, denoise, n, sigmas, churn=Churn(), solver=heun, schedule=LINEAR):
         "Fréchet distance of n samples against the training statistics, and the seconds that drawing them took."
         start = time.perf_counter()
-        stats = self.stats(images for _, images in self.draw(denoise, n, sigmas, churn, solver, first_seed))
+        stats = self.stats(images for _, images in self.draw(denoise, n, sigmas, churn, solver, schedule))
         reference = self.reference()
         return dict(distance=frechet_distance(stats.mean, stats.cov, reference.mean, reference.cov), n=n,
                     seconds=round(time.perf_counter() - start, 1))
 
-    def draw(self, denoise, n, sigmas, churn=Churn(), solver=heun, first_seed=0):
+    def draw(self, denoise, n, sigmas, churn=Churn(), solver=heun, schedule=LINEAR):
         "Samples as bytes, a batch at a time; class = seed mod 10, all noise from the seed of the batch."
         shape = (denoise.net.channels, denoise.net.resolution, denoise.net.resolution)
         for start in range(0, n, self.args.sample_batch):
             size = min(self.args.sample_batch, n - start)
-            generator = torch.Generator(self.device).manual_seed(first_seed + start)
+            generator = torch.Generator(self.device).manual_seed(self.args.seed * 10**6 + start)
             noise = torch.randn(size, *shape, generator=generator, device=self.device)
             fresh = lambda x: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)  # noqa: E731
             labels = one_hot(torch.arange(start, start + size) % 10, 10).to(self.device)
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                x = sample(denoise, noise, sigmas, churn, fresh, solver=solver, class_labels=labels)
+                x = sample(denoise, noise, sigmas, churn, fresh, schedule, solver, class_labels=labels)
             yield labels, to_uint8(x)
 
 
@@ -348,7 +348,7 @@ def model(report):
     config, folder = model_config(report, **TRIALS[chosen]), report.out / "run"
     budget = 60 * report.args.minutes
     marks = sorted({60 * m for m in (2, 5, 10) if m < report.args.minutes} | {budget})
-    curve, raw = [], EMA
+    curve = []
     for record in train(config, folder, report.data("train"), report.device):
         curve.append(record.values())
         while marks and (record.seconds >= marks[0] or record.images >= config.images):
@@ -392,13 +392,14 @@ def study(report):
     steps = (2, 4) if report.toy else (5, 9, 18, 32, 64)
     cells = [dict(what="solver", name=solver.__name__, steps=k, NFE=2*k - 1 if solver is heun else k,
                   sigmas=edm_sigmas(k), solver=solver) for solver in (euler, heun) for k in steps]
-    ranges = dict(vp=vp_sigmas, ve=ve_sigmas, iddpm=iddpm_sigmas)
-    cells += [dict(what="row", name=name, steps=k, NFE=k, sigmas=make(k), solver=euler) for name, make in ranges.items() for k in steps]
+    table = dict(vp=(vp_sigmas, vp_schedule()), ve=(ve_sigmas, VE), iddpm=(iddpm_sigmas, LINEAR))
+    cells += [dict(what="row", name=name, steps=k, NFE=k, sigmas=make(k), schedule=schedule, solver=euler)
+              for name, (make, schedule) in table.items() for k in steps]
     grid = (0, 10) if report.toy else (0, 5, 10, 20, 40, 80)
     cells += [dict(what="churn", name=f"S_churn = {s}", steps=k, NFE=2*k - 1, S_churn=s, sigmas=edm_sigmas(k),
                    churn=Churn(s, 0.01, 1, 1.007)) for k in steps[1:4] for s in grid]
     for cell in cells:
-        arguments = {key: cell.pop(key) for key in ("sigmas", "solver", "churn") if key in cell}
+        arguments = {key: cell.pop(key) for key in ("sigmas", "solver", "churn", "schedule") if key in cell}
         rows.append({**cell, **report.distance(denoise, n, **arguments)})
         print(f"  {rows[-1]}", flush=True)
         write_json(report.out / "study.partial.json", rows)
