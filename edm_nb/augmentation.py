@@ -71,7 +71,7 @@ def down_matrix(n:int,        # pixels along the axis
     for j in range(n): down[j, 2*j:2*j + len(taps)] = torch.tensor(taps, dtype=torch.float64)
     return down
 
-# %% ../nbs/12_augmentation.ipynb #640d09ea
+# %% ../nbs/12_augmentation.ipynb #582f5096
 @lru_cache(maxsize=32)
 def resamplers(height:int,           # of the image
                width:int,            # of the image
@@ -80,7 +80,7 @@ def resamplers(height:int,           # of the image
                device:torch.device,  # where it runs
               ) -> tuple:            # (up, down) for rows, (up, down) for columns
     "The four matrices of a warp, built once per image size."
-    return tuple(tuple(make(n, taps).to(device, dtype) for make in (up_matrix, down_matrix)) for n in (height, width))
+    return tuple(tuple(make(n, taps).to(dtype).to(device) for make in (up_matrix, down_matrix)) for n in (height, width))
 
 # %% ../nbs/12_augmentation.ipynb #7912b5b1
 def source_grid(inverse:Tensor,   # `[B, 2, 3]`: output (x, y, 1) to input (x, y), in pixels from the image's centre

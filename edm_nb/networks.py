@@ -6,8 +6,8 @@
 __all__ = ['BOX', 'BINOMIAL', 'HALF', 'SONG', 'THIRD', 'STYLES', 'xavier', 'kaiming', 'Init', 'Layer', 'Linear', 'filter_kernel',
            'halve', 'double', 'Resample', 'Conv', 'PyramidConv', 'GroupNorm', 'Positional', 'Fourier', 'Style',
            'Residual', 'attention', 'Block', 'Step', 'encoder_plan', 'decoder_plan', 'check_size', 'unet_plan',
-           'full_size', 'Conditioned', 'UNet', 'check_inputs', 'network', 'ddpmpp', 'ncsnpp', 'adm', 'tiny',
-           'build_network']
+           'full_size', 'Conditioned', 'UNet', 'check_inputs', 'network', 'check_config', 'ddpmpp', 'ncsnpp', 'adm',
+           'tiny', 'build_network']
 
 # %% ../nbs/11_networks.ipynb #939b0a31
 import math
@@ -516,23 +516,43 @@ def check_inputs(net:UNet,   # about to run
             raise ValueError(f"expected {name} {f'[B, {dim}]' if dim else '= None (the network takes none)'}, got shape "
                              f"{tuple(labels.shape)}; class indices become vectors with one_hot")
 
-# %% ../nbs/11_networks.ipynb #2367e76b
+# %% ../nbs/11_networks.ipynb #7321035e
 def network(arch:str,                # a key of `STYLES`
             resolution:int|tuple,    # training resolution: a number, or (height, width)
             channels:int,            # of the image
+            *,
             channel_mult:tuple,      # one multiplier per level, finest first
             attn_resolutions:tuple,  # heights of the levels with attention
             out_channels:int|None=None,  # of the output; default `channels`
             generator:torch.Generator|None=None,  # for the first values
-            **sizes,                 # the other entries of the configuration
+            label_dim:int, augment_dim:int, model_channels:int, num_blocks:int,  # as for `ddpmpp`
+            dropout:float, label_dropout:float,                                  # as for `ddpmpp`
            ) -> UNet:                # on torch's default device
     "Collect the sizes into a JSON-able configuration and build it."
     config = dict(arch=arch, resolution=resolution if isinstance(resolution, int) else list(resolution), channels=channels,
                   out_channels=out_channels or channels, channel_mult=list(channel_mult),
-                  attn_resolutions=list(attn_resolutions), **sizes)
+                  attn_resolutions=list(attn_resolutions), label_dim=label_dim, augment_dim=augment_dim,
+                  model_channels=model_channels, num_blocks=num_blocks, dropout=dropout, label_dropout=label_dropout)
+    check_config(config)
     return UNet(config, generator)
 
-# %% ../nbs/11_networks.ipynb #2ccbc538
+# %% ../nbs/11_networks.ipynb #835ac07c
+def check_config(config:dict,   # all sizes of a network
+                ) -> None:
+    "Refuse sizes that no network can have."
+    least = dict(channels=1, out_channels=1, model_channels=1, num_blocks=1, label_dim=0, augment_dim=0)
+    for name, low in least.items():
+        if not isinstance(config[name], int) or config[name] < low:
+            raise ValueError(f"{name} = {config[name]!r} must be a whole number of at least {low}")
+    if config["model_channels"] % 2: raise ValueError(f"model_channels = {config['model_channels']} must be even: half "
+                                                      "of the noise embedding are sines")
+    for name in "dropout", "label_dropout":
+        if not 0 <= config[name] <= 1: raise ValueError(f"{name} = {config[name]!r} is a probability: 0 to 1")
+    mult = config["channel_mult"]
+    if not mult or any(not isinstance(m, int) or m < 1 for m in mult):
+        raise ValueError(f"channel_mult = {mult} must hold one positive whole number per level")
+
+# %% ../nbs/11_networks.ipynb #daa33fc7
 def ddpmpp(resolution:int|tuple=32,   # a number, or (height, width)
            channels:int=3,            # of the image
            label_dim:int=0,           # width of the class label; 0 is unconditional
@@ -546,7 +566,7 @@ def ddpmpp(resolution:int|tuple=32,   # a number, or (height, width)
            **more,                    # out_channels, generator
           ) -> UNet:                  # CIFAR-10's size unless told otherwise
     "DDPM++ of Song et al. as the paper sizes it."
-    return network("ddpmpp", resolution, channels, channel_mult, attn_resolutions, label_dim=label_dim,
+    return network("ddpmpp", resolution, channels, channel_mult=channel_mult, attn_resolutions=attn_resolutions, label_dim=label_dim,
                    augment_dim=augment_dim, model_channels=model_channels, num_blocks=num_blocks, dropout=dropout,
                    label_dropout=label_dropout, **more)
 
@@ -581,8 +601,8 @@ def tiny(resolution:int|tuple=8,   # a number, or (height, width)
                     attn_resolutions=(), dropout=0.0, label_dropout=0.0)
     return network("tiny", resolution, channels, **(defaults | sizes))
 
-# %% ../nbs/11_networks.ipynb #5d274aea
-def build_network(config:dict,   # from `net.config`, perhaps through JSON
+# %% ../nbs/11_networks.ipynb #315a4a04
+def build_network(config:dict,   # from `net.config`, perhaps through JSON; sizes left out take the defaults of the arch
                   generator:torch.Generator|None=None,  # for the first values
                  ) -> UNet:      # a fresh network of that configuration
     "Rebuild a network from its configuration."
@@ -590,4 +610,5 @@ def build_network(config:dict,   # from `net.config`, perhaps through JSON
     makers = dict(ddpmpp=ddpmpp, ncsnpp=ncsnpp, adm=adm, tiny=tiny)
     arch = sizes.pop("arch", None)
     if arch not in makers: raise ValueError(f"unknown arch {arch!r}: expected one of {', '.join(makers)}")
-    return makers[arch](**sizes, generator=generator)
+    try: return makers[arch](**sizes, generator=generator)
+    except TypeError as error: raise ValueError(f"the configuration of this {arch} does not fit: {error}") from error

@@ -332,10 +332,21 @@ def test_dropout_acts_in_training_only():
     (lambda: adm(model_channels=96, channel_mult=(1,), attn_resolutions=(64,), label_dim=0), "heads of 64"),
     (lambda: build_network({"arch": "unet"}), "unknown arch 'unet'"),
     (lambda: build_network({"resolution": 8}), "unknown arch None"),
+    (lambda: build_network({"arch": "tiny", "widht": 8}), "'widht'"),
+    (lambda: tiny(num_blocks=0), "num_blocks = 0"),
+    (lambda: tiny(model_channels=33), "must be even"),
+    (lambda: tiny(channel_mult=(1, 0)), "channel_mult"),
+    (lambda: ddpmpp(dropout=13), "dropout = 13"),
+    (lambda: ddpmpp(label_dim=-1), "label_dim = -1"),
 ])
 def test_bad_input_is_refused_with_words(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("make", [ddpmpp, ncsnpp, adm, tiny])
+def test_a_misspelt_size_is_an_error(make):
+    with pytest.raises(TypeError, match="modelchannels"): make(modelchannels=64)
 
 
 # ---- memory format, precision, compilation --------------------------------------------------------------------------
