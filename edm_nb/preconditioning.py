@@ -124,11 +124,11 @@ def iddpm_scalings(sigma:Tensor|float,  # noise level, any shape
     j = nearest_level(sigma, level_table(M, C_1, C_2, sigma.device)[:M])   # u_M = 0 is the clean image, which is no training level
     return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), (M - 1 - j).to(sigma.dtype)
 
-# %% ../nbs/03_preconditioning.ipynb #91294937
+# %% ../nbs/03_preconditioning.ipynb #b18ca41f
 def sigma_column(sigma:Tensor|float,   # a number, `[]`, `[1]`, `[B]` or `[B, 1, ..., 1]`
                  x:Tensor,             # `[B, ...]`
                 ) -> Tensor:           # `[B, 1, ..., 1]`, float64 where the device has it
-    "One noise level per sample, in the precision that the coefficients are computed in. ValueError for other shapes."
+    "One noise level per sample, in the coefficients' precision. ValueError for other shapes, and for σ <= 0 (on the CPU)."
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     sigma = as_time(sigma).to(dtype).to(x.device)
     if sigma.numel() not in (1, len(x)) or sigma.ndim not in (0, 1, x.ndim):
@@ -236,7 +236,7 @@ def check_constants(scalings:Callable,   # a row
         raise ValueError(f"{scalings.__name__} has no constant {', '.join(unknown)}; it takes {list(parameters)[1:]}")
     return free or "sigma_data" in parameters
 
-# %% ../nbs/03_preconditioning.ipynb #d6bb14cc
+# %% ../nbs/03_preconditioning.ipynb #1c27981f
 class Parametrisation:
     "A row of Table 1 with its numbers filled in: what D needs besides a network."
     def __init__(self,
@@ -266,11 +266,16 @@ class Parametrisation:
             if sigma.ndim == 1: sigma = sigma.reshape(-1, *[1]*(ndim - 1))
         return self.scalings(sigma, sigma_data=sigma_data, **self.constants)
 
-    def loss_weight(self, sigma:Tensor|float, ndim:int=4) -> Tensor:
+    def loss_weight(self,
+                    sigma:Tensor|float,   # as in `coefficients`
+                    ndim:int=4,           # as in `coefficients`
+                   ) -> Tensor:           # the shape of sigma; `[B, C, 1, 1]` if per channel
         "λ(σ) = 1/c_out² with the numbers of this very denoiser."
         return 1 / self.coefficients(sigma, ndim)[1]**2
 
-    def round_sigma(self, sigma:Tensor|float) -> Tensor:
+    def round_sigma(self,
+                    sigma:Tensor|float,   # any shape
+                   ) -> Tensor:           # the shape of sigma
         "The nearest σ the network was trained on: a u_j for iDDPM, σ itself for all other rows."
         sigma = as_sigma(sigma)
         if self.scalings is not iddpm_scalings: return sigma
@@ -278,7 +283,7 @@ class Parametrisation:
         return levels[nearest_level(sigma, levels)]
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict:   # row, sigma_data, range (None for infinity), constants
         "All settings but the network, JSON-able; `Preconditioned.from_config` reads them back."
         names = {function: name for name, function in SCALINGS.items()}
         return dict(scalings=names.get(self.scalings, getattr(self.scalings, "__qualname__", "custom")),

@@ -28,6 +28,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 180      # seconds; an altered loop may not end
 TESTS_FAILED = 1   # pytest's exit code when tests ran and at least one failed
+QUICK = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider"]   # stop at the first failure; explain nothing
 
 
 class Mutation(NamedTuple):
@@ -36,73 +37,89 @@ class Mutation(NamedTuple):
     module: str   # file of edm_nb, without .py
     old: str      # text that must occur exactly once in it
     new: str      # what it becomes
-    group: str    # key of GROUPS: the tests that must notice
+    group: str    # key of GROUPS: the tests that must notice it
 
 
-# Tests of each group: files, and pytest's -k expression that leaves out what is slow or does not bear on numbers.
+# Tests of each group: files, and pytest's -k expression that keeps what bears on the numbers and is quick.
 GROUPS = {
-    "coefficients": (["tests/test_preconditioning.py"], "not compiles"),
-    "sampler": (["tests/test_stochastic.py"], "equation_6 or gamma or algorithm_2 or x_hat or missing or recursion or naive_loop or marginal"),
-    "training": (["tests/test_training.py"], "loss or quantiles or ema or ramp or guidance"),
+    "framework": (["tests/test_framework.py"],
+                  "derivatives or slope or score or gaussian or cells or time_steps or iddpm or quantile or weight or constants"),
+    "solver": (["tests/test_ode_solvers.py"], "levels or order or fast_heun or alpha_one or weights or nfe or last_step or inversion"),
+    "churn": (["tests/test_stochastic.py"], "equation_6 or gamma or algorithm_2 or x_hat or missing or recursion or naive_loop"),
+    "row": (["tests/test_preconditioning.py"], "not compiles"),
+    "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp or guidance"),
 }
 
 MUTATIONS = [
-    # chapter 03: Table 1 and Eq. 7
-    Mutation("c_skip", "preconditioning", "c_skip = sigma_data**2 / variance", "c_skip = sigma_data / variance", "coefficients"),
-    Mutation("c_skip = 1", "preconditioning", "c_skip = sigma_data**2 / variance", "c_skip = torch.ones_like(variance)", "coefficients"),
-    Mutation("c_out", "preconditioning", "c_out = sigma * sigma_data / variance.sqrt()", "c_out = sigma * sigma_data / variance", "coefficients"),
-    Mutation("c_in", "preconditioning", "c_in = 1 / variance.sqrt()", "c_in = 1 / variance", "coefficients"),
-    Mutation("c_noise", "preconditioning", "c_noise = sigma.log() / 4", "c_noise = sigma.log() / 2", "coefficients"),
-    Mutation("lambda with a sum", "preconditioning", "/ (sigma * sigma_data)**2", "/ (sigma + sigma_data)**2", "coefficients"),
-    Mutation("lambda of a row", "preconditioning", "return 1 / c_out**2", "return 1 / c_out.abs()", "coefficients"),
+    # chapter 00: oracles, Eq. 4 and Table 1
+    Mutation("Gaussian denoiser", "framework", "(x - mean) * (self.std.to(x)**2 / variance)", "(x - mean) * (self.std.to(x) / variance)", "framework"),
+    Mutation("score", "framework", "- x) / broadcast_sigma(sigma, x)**2", "- x) / broadcast_sigma(sigma, x)", "framework"),
+    Mutation("Eq. 4", "framework", "(sigma_deriv / sigma + s_deriv / s) * x", "(sigma_deriv / sigma - s_deriv / s) * x", "framework"),
+    Mutation("VP schedule", "framework", "u = lambda t: 0.5 * beta_d", "u = lambda t: beta_d", "framework"),
+    Mutation("VP slope", "framework", "0.5 * beta(t) * (sigma(t) + 1 / sigma(t))", "beta(t) * (sigma(t) + 1 / sigma(t))", "framework"),
+    Mutation("Table 1, c_skip", "framework", "lambda sigma: sigma_data**2 / total(sigma)", "lambda sigma: sigma_data / total(sigma)", "framework"),
+    Mutation("Table 1, lambda", "framework", "total(sigma) / (sigma*sigma_data)**2", "total(sigma) / (sigma+sigma_data)**2", "framework"),
+    Mutation("Table 1, u_j", "framework", "/ (M * (C_2 + 1)))**2", "/ (M * C_2 + M + 1))**2", "framework"),
+    Mutation("Table 1, rho", "framework", "rho:float=7.", "rho:float=6.", "framework"),
+    # chapter 01: noise levels and steps
+    Mutation("rho", "ode_solvers", "math.log(sigma_min/sigma_max) / rho)", "math.log(sigma_min/sigma_max))", "solver"),
+    Mutation("VP levels", "ode_solvers", "torch.expm1(0.5*beta_d*t**2", "torch.expm1(beta_d*t**2", "solver"),
+    Mutation("Heun weights", "ode_solvers", ".lerp_(x, 0.5)", ".lerp_(x, 0.45)", "solver"),
+    Mutation("Heun, second slope at t", "ode_solvers", "flow.push(x_euler, t_next, h)", "flow.push(x_euler, t, h)", "solver"),
+    Mutation("no Euler fallback", "ode_solvers", "if flow.at(t_next)[0] == 0: return x_euler", "", "solver"),
+    Mutation("alpha family", "ode_solvers", "w = 1 / (2*alpha)", "w = 1 / (1 + alpha)", "solver"),
+    Mutation("Adams-Bashforth", "ode_solvers", "basis.integ()(1.0)", "basis.integ()(0.9)", "solver"),
+    Mutation("slope of Eq. 4", "ode_solvers", "-h*dsigma/sigma)", "-h*dsigma*sigma)", "solver"),
+    # chapter 02: Algorithm 2 and Eq. 6
+    Mutation("gamma, min", "stochastic", "gamma = min(churn.S_churn/n, MAX_GAMMA)", "gamma = max(churn.S_churn/n, MAX_GAMMA)", "churn"),
+    Mutation("gamma, bound", "stochastic", "MAX_GAMMA = math.sqrt(2) - 1", "MAX_GAMMA = math.sqrt(2) - 0.9", "churn"),
+    Mutation("S_tmin", "stochastic", "if churn.S_tmin <= sigma <= churn.S_tmax", "if sigma <= churn.S_tmax", "churn"),
+    Mutation("S_tmax", "stochastic", "if churn.S_tmin <= sigma <= churn.S_tmax", "if churn.S_tmin <= sigma", "churn"),
+    Mutation("t_hat", "stochastic", "torch.tensor(sigma*(1 + gamma)", "torch.tensor(sigma*(1 + 2*gamma)", "churn"),
+    Mutation("added variance", "stochastic", "math.sqrt(sigma_hat**2 - sigma**2)", "(sigma_hat - sigma)", "churn"),
+    Mutation("S_noise", "stochastic", "s_hat*S_noise*math.sqrt", "s_hat*math.sqrt", "churn"),
+    Mutation("D at the old sigma", "stochastic", "solver(flow, x_hat, t_hat, t_next, history)", "solver(flow, x_hat, t, t_next, history)", "churn"),
+    Mutation("Langevin's Heun", "stochastic", "x_hat.mul_(1 + half/t_hat)", "x_hat.mul_(1 + half/t)", "churn"),
+    Mutation("Eq. 6, noise", "stochastic", "s*sigma*math.sqrt(2*rate)", "s*sigma*math.sqrt(rate)", "churn"),
+    Mutation("Eq. 6, score", "stochastic", "s*(rate - dsigma/sigma*dt)", "s*(2*rate - dsigma/sigma*dt)", "churn"),
+    # chapter 03: the rows and Eq. 7
+    Mutation("c_skip", "preconditioning", "c_skip = sigma_data**2 / variance", "c_skip = sigma_data / variance", "row"),
+    Mutation("c_skip = 1", "preconditioning", "c_skip = sigma_data**2 / variance", "c_skip = torch.ones_like(variance)", "row"),
+    Mutation("c_out", "preconditioning", "c_out = sigma * sigma_data / variance.sqrt()", "c_out = sigma * sigma_data / variance", "row"),
+    Mutation("c_in", "preconditioning", "c_in = 1 / variance.sqrt()", "c_in = 1 / variance", "row"),
+    Mutation("c_noise", "preconditioning", "c_noise = sigma.log() / 4", "c_noise = sigma.log() / 2", "row"),
+    Mutation("lambda with a sum", "preconditioning", "/ (sigma * sigma_data)**2", "/ (sigma + sigma_data)**2", "row"),
+    Mutation("lambda of a row", "preconditioning", "return 1 / c_out**2", "return 1 / c_out.abs()", "row"),
     Mutation("lambda of a denoiser", "preconditioning", "return 1 / self.coefficients(sigma, ndim)[1]**2",
-             "return 1 / self.coefficients(sigma, ndim)[2]**2", "coefficients"),
-    Mutation("c_noise of VP", "preconditioning", "(M - 1) * vp_time(", "M * vp_time(", "coefficients"),
-    Mutation("inverse of VP", "preconditioning", "return 2*u / (beta_min", "return u / (beta_min", "coefficients"),
-    Mutation("c_noise of VE", "preconditioning", "(sigma / 2).log()", "sigma.log()", "coefficients"),
-    Mutation("c_noise of iDDPM", "preconditioning", "(M - 1 - j).to(", "(M - j).to(", "coefficients"),
-    Mutation("sign of v", "preconditioning", "return c_in**2, -sigma * c_in", "return c_in**2, sigma * c_in", "coefficients"),
-    Mutation("c_in of flow", "preconditioning", "c_in = 1 / (1 + sigma)", "c_in = 1 / (1 + sigma**2)", "coefficients"),
-    Mutation("schedule of flow", "preconditioning", "sigma_deriv=lambda t: 1 / (1 - as_time(t))**2", "sigma_deriv=lambda t: 1 / (1 - as_time(t))",
-             "coefficients"),
-    Mutation("Eq. 7, sign", "preconditioning", "* x + c_out.to(x.dtype) * F", "* x - c_out.to(x.dtype) * F", "coefficients"),
-    Mutation("Eq. 7, no c_in", "preconditioning", "network_input(c_in.to(x.dtype) * x,", "network_input(x,", "coefficients"),
+             "return 1 / self.coefficients(sigma, ndim)[2]**2", "row"),
+    Mutation("c_noise of VP", "preconditioning", "(M - 1) * vp_time(", "M * vp_time(", "row"),
+    Mutation("inverse of VP", "preconditioning", "return 2*u / (beta_min", "return u / (beta_min", "row"),
+    Mutation("c_noise of VE", "preconditioning", "(sigma / 2).log()", "sigma.log()", "row"),
+    Mutation("c_noise of iDDPM", "preconditioning", "(M - 1 - j).to(", "(M - j).to(", "row"),
+    Mutation("levels of iDDPM", "preconditioning", ".clamp(min=C_1)", ".clamp(min=0.002)", "row"),
+    Mutation("sign of v", "preconditioning", "return c_in**2, -sigma * c_in", "return c_in**2, sigma * c_in", "row"),
+    Mutation("c_in of flow", "preconditioning", "c_in = 1 / (1 + sigma)", "c_in = 1 / (1 + sigma**2)", "row"),
+    Mutation("schedule of flow", "preconditioning", "sigma_deriv=lambda t: 1 / (1 - as_time(t))**2",
+             "sigma_deriv=lambda t: 1 / (1 - as_time(t))", "row"),
+    Mutation("Eq. 7, sign", "preconditioning", "* x + c_out.to(x.dtype) * F", "* x - c_out.to(x.dtype) * F", "row"),
+    Mutation("Eq. 7, no c_in", "preconditioning", "network_input(c_in.to(x.dtype) * x,", "network_input(x,", "row"),
     Mutation("c_noise in low precision", "preconditioning", "c_noise.flatten().to(torch.promote_types(inputs.dtype, torch.float32))",
-             "c_noise.flatten().to(inputs.dtype)", "coefficients"),
-    Mutation("order of channels", "preconditioning", "torch.cat([x, extra], dim=1)", "torch.cat([extra, x], dim=1)", "coefficients"),
-    Mutation("learned variance", "preconditioning", "return F[:, :C]", "return F[:, -C:]", "coefficients"),
-    Mutation("merge of sigma_data", "preconditioning", "(count*k / (count + k))", "(count / (count + k))", "coefficients"),
-    Mutation("sigma_data between channels", "preconditioning", "(variance + (mean - mean.mean())**2)", "variance", "coefficients"),
-    Mutation("sigma_max", "preconditioning", "(ratio - ratio.log1p())", "ratio", "coefficients"),
-    # chapter 00: the table that chapter 03 is compared with
-    Mutation("Table 1, c_skip", "framework", "lambda sigma: sigma_data**2 / total(sigma)", "lambda sigma: sigma_data / total(sigma)", "coefficients"),
-    Mutation("Table 1, lambda", "framework", "total(sigma) / (sigma*sigma_data)**2", "total(sigma) / (sigma+sigma_data)**2", "coefficients"),
-    Mutation("Table 1, u_j", "framework", "/ (M * (C_2 + 1)))**2", "/ (M * C_2 + M + 1))**2", "coefficients"),
-    Mutation("Gaussian denoiser", "framework", "(x - mean) * (self.std.to(x)**2 / variance)", "(x - mean) * (self.std.to(x) / variance)", "coefficients"),
-    Mutation("VP schedule", "framework", "0.5 * beta_d * as_time(t)**2", "beta_d * as_time(t)**2", "coefficients"),
-    Mutation("VP slope", "framework", "0.5 * beta(t) * (sigma(t) + 1 / sigma(t))", "beta(t) * (sigma(t) + 1 / sigma(t))", "sampler"),
-    Mutation("Eq. 4", "framework", "(sigma_deriv / sigma + s_deriv / s) * x", "(sigma_deriv / sigma - s_deriv / s) * x", "coefficients"),
-    # chapters 01 and 02: steps, Heun, churn
-    Mutation("Heun weights", "ode_solvers", ".lerp_(x, 0.5)", ".lerp_(x, 0.45)", "sampler"),
-    Mutation("slope of Eq. 4", "ode_solvers", "-h*dsigma/sigma)", "-h*dsigma*sigma)", "sampler"),
-    Mutation("gamma, min", "stochastic", "gamma = min(churn.S_churn/n, MAX_GAMMA)", "gamma = max(churn.S_churn/n, MAX_GAMMA)", "sampler"),
-    Mutation("gamma, bound", "stochastic", "MAX_GAMMA = math.sqrt(2) - 1", "MAX_GAMMA = math.sqrt(2) - 0.9", "sampler"),
-    Mutation("S_tmin", "stochastic", "if churn.S_tmin <= sigma <= churn.S_tmax", "if sigma <= churn.S_tmax", "sampler"),
-    Mutation("t_hat", "stochastic", "torch.tensor(sigma*(1 + gamma)", "torch.tensor(sigma*(1 + 2*gamma)", "sampler"),
-    Mutation("added variance", "stochastic", "math.sqrt(sigma_hat**2 - sigma**2)", "(sigma_hat - sigma)", "sampler"),
-    Mutation("S_noise", "stochastic", "s_hat*S_noise*math.sqrt", "s_hat*math.sqrt", "sampler"),
-    Mutation("D at the old sigma", "stochastic", "solver(flow, x_hat, t_hat, t_next, history)", "solver(flow, x_hat, t, t_next, history)", "sampler"),
-    Mutation("Eq. 6, noise", "stochastic", "s*sigma*math.sqrt(2*rate)", "s*sigma*math.sqrt(rate)", "sampler"),
-    Mutation("Eq. 6, score", "stochastic", "s*(rate - dsigma/sigma*dt)", "s*(2*rate - dsigma/sigma*dt)", "sampler"),
+             "c_noise.flatten().to(inputs.dtype)", "row"),
+    Mutation("sigma in low precision", "preconditioning", "as_time(sigma).to(dtype)", "torch.as_tensor(sigma).to(dtype)", "row"),
+    Mutation("order of channels", "preconditioning", "torch.cat([x, extra], dim=1)", "torch.cat([extra, x], dim=1)", "row"),
+    Mutation("learned variance", "preconditioning", "return F[:, :C]", "return F[:, -C:]", "row"),
+    Mutation("merge of sigma_data", "preconditioning", "(count*k / (count + k))", "(count / (count + k))", "row"),
+    Mutation("sigma_data between channels", "preconditioning", "(variance + (mean - mean.mean())**2)", "variance", "row"),
+    Mutation("sigma_max", "preconditioning", "(ratio - ratio.log1p())", "ratio", "row"),
     # chapter 04: the loss and what surrounds it
-    Mutation("loss", "training", "(weight(column, sigma_data) * (D - images)**2)", "((D - images)**2)", "training"),
-    Mutation("P_mean", "training", "P_mean:float=-1.2", "P_mean:float=-1.0", "training"),
-    Mutation("log-normal", "training", "P_std * math.sqrt(2) * torch.erfinv", "P_std * torch.erfinv", "training"),
-    Mutation("epsilon_t", "training", "epsilon_t + (1 - epsilon_t) * u", "(1 - epsilon_t) * u", "training"),
-    Mutation("EMA half-life", "training", "return 0.5**(batch / halflife)", "return 0.6**(batch / halflife)", "training"),
-    Mutation("EMA weights", "training", "current, 1 - beta)", "current, beta)", "training"),
-    Mutation("warm-up", "training", "lr * min(1.0, seen / rampup)", "lr * min(1.0, 2 * seen / rampup)", "training"),
-    Mutation("guidance", "training", "return D + w * gap", "return D + (1 + w) * gap", "training"),
+    Mutation("loss", "training", "(weight(column, sigma_data) * (D - images)**2)", "((D - images)**2)", "loss"),
+    Mutation("P_mean", "training", "P_mean:float=-1.2", "P_mean:float=-1.0", "loss"),
+    Mutation("log-normal", "training", "P_std * math.sqrt(2) * torch.erfinv", "P_std * torch.erfinv", "loss"),
+    Mutation("VE quantile", "training", "(sigma_max / sigma_min)**u", "(sigma_max / sigma_min)**(u*u)", "loss"),
+    Mutation("EMA half-life", "training", "return 0.5**(batch / halflife)", "return 0.6**(batch / halflife)", "loss"),
+    Mutation("EMA weights", "training", "current, 1 - beta)", "current, beta)", "loss"),
+    Mutation("warm-up", "training", "lr * min(1.0, seen / rampup)", "lr * min(1.0, 2 * seen / rampup)", "loss"),
+    Mutation("guidance", "training", "return D + w * gap", "return D + (1 + w) * gap", "loss"),
 ]
 
 
@@ -136,7 +153,7 @@ def run_tests(folder, group, log):
         import edm_nb
         if not Path(edm_nb.__file__).is_relative_to(folder):
             raise RuntimeError(f"imported {edm_nb.__file__}, not the copy in {folder}")
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not cifar", "-k", expression, *files])
+        code = pytest.main([*QUICK, "-m", "not slow and not gpu and not cifar", "-k", expression, *files])
     log.write_text(output.getvalue(), encoding="utf-8")
     os._exit(int(code))   # no clean-up of the parent's libraries in the fork
 
@@ -212,6 +229,7 @@ def main(argv=None):
             print(f"{m.name} in edm_nb/{m.module}.py: {error}", file=sys.stderr)
             return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for name in ("torch", "numpy", "pytest", "hypothesis", "scipy.stats"):   # once, for all forks
         __import__(name)
     sys.modules["torch"].set_num_threads(1)
