@@ -518,13 +518,14 @@ def extrapolate(sizes,       # sample sizes n
     noise = ((y - design @ [value, slope])**2).sum()/(len(x) - 2)
     return Extrapolation(float(value), float(slope), float(np.sqrt(noise*np.linalg.inv(design.T @ design)[0, 0])))
 
-# %% ../nbs/13_metrics.ipynb #a21ecc79
+# %% ../nbs/13_metrics.ipynb #a7a55f6d
 def kernel_sums(a:Tensor,          # `[n, d]`, float64
                 b:Tensor,          # `[m, d]`
                 chunk:int=1024,    # rows per block
                ) -> Tensor:        # `[n]`, Σ_j k(a_i, b_j)
     "Row sums of the polynomial kernel matrix, in chunks."
-    return torch.cat([((part @ b.T/a.shape[1] + 1)**3).sum(1) for part in a.split(chunk)])
+    bases = (part @ b.T/a.shape[1] + 1 for part in a.split(chunk))           # x*x*x is several times faster than x**3
+    return torch.cat([(base*base*base).sum(1) for base in bases])
 
 # %% ../nbs/13_metrics.ipynb #f1b16a1d
 class KID(NamedTuple):
@@ -558,13 +559,13 @@ def distances(a:Tensor,   # `[n, d]`, float64
     "Euclidean distances of all pairs through one matrix product."
     return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2*a @ b.T).clamp(min=0).sqrt()
 
-# %% ../nbs/13_metrics.ipynb #0bef9f58
+# %% ../nbs/13_metrics.ipynb #9703c8f1
 def radii(x:Tensor,         # features `[n, d]`, float64
           k:int,            # which neighbour
           chunk:int=1024,   # rows per block
          ) -> Tensor:       # `[n]`
     "Distance from every feature to its k-th neighbour in the same set, itself not counted."
-    return torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(chunk)])
+    return torch.cat([distances(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
 
 # %% ../nbs/13_metrics.ipynb #9a53c762
 def covered(a:Tensor,         # `[n, d]`, float64
