@@ -83,7 +83,7 @@ def main():
                 ("cached load", True, lambda: data.load_images(args.path))]
         rows = []
         for name, ours, action in ways:
-            runs = [timed(action) for _ in range(args.repeats if name != "cached load" else 3 * args.repeats)]
+            runs = [timed(action) for _ in range(args.repeats)]
             found = runs[-1][2]
             assert torch.equal(found.images if ours else found, reference), f"{name}: other pixels"
             rows.append(summary(name, ours, runs))
