@@ -191,8 +191,8 @@ def cifar_rows():
     "The same ladder, a network of three or four levels, horizontal flips as in the paper."
     net = dict(arch="tiny", model_channels=16, num_blocks=1)
     base = TrainConfig(data="cifar10", data_limit=5_000, resolution=16, network=dict(net, channel_mult=[1, 2, 2, 2]),
-                       precond={"scalings": "vp"}, sigma="vp", weight="inverse_square", images=19_200, batch=64, lr=5e-4, lr_rampup=1_000,
-                       ema_halflife=2_000, ema_rampup=None, xflip=True, channels_last=True, log_every=19_200, save_every=0)
+                       precond={"scalings": "vp"}, sigma="vp", weight="inverse_square", images=9_600, batch=64, lr=5e-4, lr_rampup=1_000,
+                       ema_halflife=2_000, ema_rampup=None, xflip=True, channels_last=True, log_every=9_600, save_every=0)
     return ladder(base, dict(batch=128, lr=2e-3, lr_rampup=2_000, ema_halflife=2_000, ema_rampup=0.05), dict(net, channel_mult=[2, 2, 2]))
 
 
@@ -215,7 +215,7 @@ if __name__ == "__main__":
                      clean=shape_statistics(data.images, data.labels), note="halves: distance between two halves of the data")
         work_through(digits_jobs(data, n), args.out/"training_digits.json", about, args.seeds)
     else:
-        data, n = shrink(book_images(5_000), 16), args.samples or 1_000
+        data, n = shrink(book_images(5_000), 16), args.samples or 500
         if data.images.shape[1] != 3: raise SystemExit("CIFAR-10 was not found; set EDM_NB_CIFAR10")
         about = dict(data="5,000 CIFAR-10 images averaged to 16 x 16", features="pixels",
                      halves=distance(data.images[::2], dataclasses.replace(data, images=data.images[1::2], labels=data.labels[1::2])))

@@ -13,14 +13,16 @@ import torch
 from edm_nb import checkpoints
 from edm_nb import training as T
 
-TOY = dataclasses.replace(T.PRESETS["toy"], images=1280, log_every=320, save_every=640, augment=0.3, label_dropout=0.1)
+# Adam divides by the gradient's size and so enlarges rounding where a gradient nearly vanishes: the paper's baseline rate keeps
+# that below 1e-5. It also hides a wrong scale of the gradient, which is why gradient norms are compared as well.
+TOY = dataclasses.replace(T.PRESETS["toy"], images=1280, lr=2e-4, log_every=320, save_every=640, augment=0.3, label_dropout=0.1)
 SCRIPT = """
 import json, os, sys
 import torch
 from edm_nb import training as T
 config = T.config_from(json.loads(sys.argv[1]))
 for record in T.train(config, sys.argv[2], device="cpu", timeout=float(sys.argv[3])):
-    print(json.dumps([int(os.environ["RANK"]), record.images, record.loss]), flush=True)
+    print(json.dumps([int(os.environ["RANK"]), record.images, record.loss, record.grad_norm]), flush=True)
 torch.save([p.detach() for p in record.state.denoiser.parameters()], f"{sys.argv[2]}-rank{os.environ['RANK']}.pt")
 """
 
@@ -58,11 +60,13 @@ def test_two_processes_equal_one(tmp_path):
     assert [p.returncode for p in processes] == [0, 0], outputs
     ranks = [torch.load(f"{tmp_path/'two'}-rank{r}.pt", weights_only=True) for r in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(*ranks))
-    losses = []
-    for record in T.train(TOY, device="cpu"): losses.append(record.loss)
+    losses, norms = [], []
+    for record in T.train(TOY, device="cpu"): losses.append(record.loss); norms.append(record.grad_norm)
     for a, b in zip(record.state.denoiser.parameters(), ranks[0]): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     lines = [[json.loads(line) for line in out.splitlines() if line.startswith("[")] for out, _ in outputs]
-    for r in (0, 1): assert [line[2] for line in lines[r]] == pytest.approx(losses, rel=1e-4)
+    for r in (0, 1):
+        assert [line[2] for line in lines[r]] == pytest.approx(losses, rel=1e-4)
+        assert [line[3] for line in lines[r]] == pytest.approx(norms, rel=1e-3)
     log = [json.loads(line) for line in (tmp_path/"two"/"log.jsonl").read_text().splitlines()]
     assert [r["images"] for r in log] == [320, 640, 960, 1280]          # written once, by rank 0
     model = checkpoints.load(tmp_path/"two"/"model.safetensors")
