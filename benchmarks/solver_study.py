@@ -122,6 +122,7 @@ def write_json(path, record):
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(record, file, indent=1)
         file.flush(); os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)                       # temporary files are private, results are not
     os.replace(file.name, path)
 
 
