@@ -172,17 +172,16 @@ def sample_sde(denoise:Callable,              # D(x; sigma, **cond)
     for x in sde_loop(flow, x * (sigma*s), times, beta, randn_like): sums.append(x.sum())
     return remove_scale(require_finite(x, sums, levels), levels[-1], schedule)
 
-# %% ../nbs/02_stochastic.ipynb #38fe62c4
+# %% ../nbs/02_stochastic.ipynb #56b523cc
 def collect(states:Iterable,       # a generator of this chapter, or any other
             total:int|None=None,   # how many to expect, for the bar
             progress:bool=True,    # show a bar
-            label:str="",          # beside the bar
            ) -> list:              # what was yielded, even when interrupted
     "Gather what a long loop yields. Ctrl-C ends the loop and keeps all that came before it."
     from tqdm import tqdm
     kept = []
     try:
-        for state in tqdm(states, total=total, desc=label, disable=not progress): kept.append(state)
+        for state in tqdm(states, total=total, disable=not progress): kept.append(state)
     except KeyboardInterrupt:
         warnings.warn(f"interrupted after {len(kept)} states, which are kept")
     return kept
@@ -196,9 +195,10 @@ def song_beta(schedule:Schedule=LINEAR,  # its σ(t) sets β
         return dsigma / sigma
     return beta
 
-# %% ../nbs/02_stochastic.ipynb #dbda851d
+# %% ../nbs/02_stochastic.ipynb #f74bed8d
 MAX_GAMMA = math.sqrt(2) - 1   # at most doubles the variance of the noise: never more new noise than there was
 
+# %% ../nbs/02_stochastic.ipynb #370468cd
 @dataclass(frozen=True)
 class Churn:
     "How much noise Algorithm 2 adds, where, and how strong; the defaults add none."
@@ -380,7 +380,7 @@ def langevin_states(denoise:Callable,             # D(x; sigma, **cond)
     loop = langevin_loop(Flow(denoise, **cond), x, sigma, gamma, S_noise, randn_like)
     return pick(itertools.chain([x], loop), at)
 
-# %% ../nbs/02_stochastic.ipynb #db0c7e7e
+# %% ../nbs/02_stochastic.ipynb #fa22b364
 def langevin(denoise:Callable,             # D(x; sigma, **cond)
              x:Tensor,                     # `[B, ...]`, images with noise of standard deviation sigma
              sigma:float,                  # the noise level that is held
@@ -392,5 +392,4 @@ def langevin(denoise:Callable,             # D(x; sigma, **cond)
              **cond,                       # for the denoiser
             ) -> Tensor:                   # `[B, ...]`, still at noise level sigma
     "The state after n iterations of Figure 14. ValueError for bad input and for NaN."
-    states = langevin_states(denoise, x, sigma, [n_iterations], S_noise, gamma, randn_like, dtype, **cond)
-    return require_finite(next(states)[1])
+    return require_finite(next(langevin_states(denoise, x, sigma, [n_iterations], S_noise, gamma, randn_like, dtype, **cond))[1])
