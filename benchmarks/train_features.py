@@ -234,7 +234,7 @@ def main():
     record = dict(
         name="cifar-features", test_accuracy=accuracy(shipped.logits, test.images, test.labels),
         test_accuracy_flip_averaged=accuracy(lambda u8: shipped.logits(u8) + shipped.logits(u8.flip(3)), test.images, test.labels),
-        test_accuracy_before_folding_and_fp16=exact, n_train=n_train, n_test=len(test.images), feature_dim=WIDTHS[-1],
+        test_accuracy_before_folding_and_fp16=exact, n_train=n_train, n_test=len(test.images), feature_dim=CifarFeatures.dim,
         parameters=sum(v.numel() for v in tensors.values()), seed=args.seed, seconds=round(seconds), hardware=hardware(args.device),
         settings={k: getattr(args, k) for k in ("epochs", "second", "batch", "lr", "weight_decay", "ema", "shift", "bf16", "limit")},
         data=dict(train=dict(file=Path(args.train).name, sha256=sha256(args.train)), test=dict(file=Path(args.test).name, sha256=sha256(args.test)),

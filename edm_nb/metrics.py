@@ -326,10 +326,10 @@ def pixels(shape:tuple=(1, 8, 8),   # C, H, W of the images; the default is the 
     "Raw pixels as features, for small grey images. Not FID."
     return Pixels(shape)
 
-# %% ../nbs/13_metrics.ipynb #78250821
+# %% ../nbs/13_metrics.ipynb #e7acf06a
 class CifarFeatures:
     "A small CIFAR-10 classifier as a feature network: convolution, max pooling and GELU only."
-    name, dim, shape = "cifar-features", 256, (3, 32, 32)
+    name, dim, shape = "cifar-features", 448, (3, 32, 32)
     def __init__(self,
                  weights:dict,   # tensors `conv0.weight` ... `conv6.bias`, `head.weight`, `head.bias`
                  hash:str,       # sha256 of the file they came from
@@ -345,17 +345,20 @@ class CifarFeatures:
 
     @torch.no_grad()
     def __call__(self, images:Tensor) -> Tensor:
-        "uint8 `[B, 3, 32, 32]` to float32 `[B, 256]`. ValueError for other shapes and types."
+        "uint8 `[B, 3, 32, 32]` to float32 `[B, 448]`: means after each block. ValueError for other shapes and types."
         x = check_uint8(images, self.shape, self.name).to(self.weights["conv0.weight"].device).float()/127.5 - 1
         x = F.gelu(self._conv(x.contiguous(memory_format=torch.channels_last), 0, padding=0))   # [B, 24, 31, 31]
+        means = []
         for i in (1, 3, 5):                                                                     # 15, 7, 3 pixels
             x = F.gelu(F.max_pool2d(self._conv(x, i), 2))
             x = F.gelu(self._conv(x, i + 1))
-        return x.mean((2, 3))
+            means.append(x.mean((2, 3)))
+        return torch.cat(means, 1)
 
     def logits(self, images:Tensor) -> Tensor:
         "Class scores `[B, 10]`: the layer that trained the features, kept so that its accuracy can be checked."
-        return self(images) @ self.weights["head.weight"].T + self.weights["head.bias"]
+        last = self(images)[:, -self.weights["head.weight"].shape[1]:]        # the classifier reads the last block
+        return last @ self.weights["head.weight"].T + self.weights["head.bias"]
 
 # %% ../nbs/13_metrics.ipynb #c7994b65
 def file_hash(path,          # file to read
