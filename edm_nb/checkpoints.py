@@ -6,10 +6,10 @@
 __all__ = ['FORMAT', 'MODULE', 'TENSOR', 'PARAMETER', 'STORAGE', 'DICTS', 'MODULE_DICT', 'SCALARS', 'OFFICIAL_GLOBALS',
            'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'write_atomic',
            'current_umask', 'sync_folder', 'sha256', 'model_files', 'save', 'read_config', 'read_tensors', 'fit',
-           'rebuild', 'load', 'pack', 'unpack', 'digest', 'state_files', 'latest_state', 'save_state', 'read_state',
-           'load_state', 'last_good', 'rng_state', 'set_rng_state', 'read_official', 'as_dict', 'describe',
-           'read_storage', 'storage_entry', 'read_tensor', 'read_module', 'module_tensors', 'number', 'infer_config',
-           'from_state_dict', 'load_official', 'check_declared', 'convert']
+           'rebuild', 'precondition', 'load', 'pack', 'unpack', 'digest', 'state_files', 'latest_state', 'save_state',
+           'read_state', 'load_state', 'last_good', 'rng_state', 'set_rng_state', 'read_official', 'as_dict',
+           'describe', 'read_storage', 'storage_entry', 'read_tensor', 'read_module', 'module_tensors', 'number',
+           'infer_config', 'from_state_dict', 'load_official', 'check_declared', 'convert']
 
 # %% ../nbs/14_checkpoints.ipynb #b216c041
 import hashlib, io, json, math, mmap, os, random, re, struct, tempfile
@@ -155,7 +155,19 @@ def rebuild(config:dict,     # of the network
     net.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)    # in the precision they were saved in
     return net.eval()
 
-# %% ../nbs/14_checkpoints.ipynb #c65777dd
+# %% ../nbs/14_checkpoints.ipynb #efe4ccf0
+def precondition(net:nn.Module,      # from `rebuild`
+                 settings:dict,      # as `Preconditioned.config` returns them
+                 where,              # for messages
+                ) -> Preconditioned: # in evaluation mode
+    "The denoiser around a network; the table of iDDPM's levels has M entries, so M is bounded."
+    if not isinstance(M := settings.get("M", 1000), int) or not 1 < M <= 100_000:
+        raise CheckpointError(f"{where}: M = {M!r} noise levels, expected 2 to 100,000")
+    try: return Preconditioned.from_config(net, settings).eval()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{where}: its denoiser settings do not fit ({error})") from None
+
+# %% ../nbs/14_checkpoints.ipynb #f7f961ca
 def load(path,                 # folder, .safetensors or .json
          device="cpu",         # where it goes
         ) -> Preconditioned:   # in evaluation mode
@@ -164,9 +176,7 @@ def load(path,                 # folder, .safetensors or .json
     if (found := sha256(file)) != record["sha256"]:
         raise CheckpointError(f"{file}: damaged or not the file that {config_file.name} describes (sha256 {found[:12]}…, expected {str(record['sha256'])[:12]}…)")
     net = rebuild(record["network"], read_tensors(file), file)
-    try: return Preconditioned.from_config(net, record["denoiser"]).to(device).eval()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{config_file}: its denoiser settings do not fit ({error})") from None
+    return precondition(net, record["denoiser"], config_file).to(device)
 
 # %% ../nbs/14_checkpoints.ipynb #6cbee18f
 def pack(tree,           # nested dicts, lists, tuples of tensors and JSON values
@@ -461,7 +471,7 @@ def _infer_config(tensors):    # raises what a missing name raises
                 label_dim=shape.get("map_label.weight", (0, 0))[1], augment_dim=shape.get("map_augment.weight", (0, 0))[1],
                 dropout=0.0, label_dropout=0.0)
 
-# %% ../nbs/14_checkpoints.ipynb #91047308
+# %% ../nbs/14_checkpoints.ipynb #503af35d
 def from_state_dict(tensors:dict,        # named as the authors do, with or without `model.` in front
                     scalings:str="edm",  # row of Table 1 the network was trained with
                     where="state dict",  # for messages
@@ -473,8 +483,7 @@ def from_state_dict(tensors:dict,        # named as the authors do, with or with
         if len(inside) != len(tensors): raise CheckpointError(f"{where}: {len(tensors) - len(inside)} tensors left over beside model.*")
         tensors = inside
     net = rebuild(infer_config(tensors, where), tensors, where)
-    try: return Preconditioned.from_config(net, dict(scalings=scalings, **settings)).eval()
-    except (TypeError, ValueError) as error: raise CheckpointError(f"{where}: {error}") from None
+    return precondition(net, dict(scalings=scalings, **settings), where)
 
 # %% ../nbs/14_checkpoints.ipynb #ca4bc690
 WRAPPERS = {"EDMPrecond": ("edm", ("sigma_data", "sigma_min", "sigma_max")), "VEPrecond": ("ve", ("sigma_min", "sigma_max")),

@@ -261,6 +261,13 @@ def test_wrong_noise_levels(nets, tmp_path):
     refuse(official_file(nets["adm"], "iDDPMPrecond", {"u": levels}, C_1=0.001, C_2=0.008, M=1000), tmp_path, "noise levels")
 
 
+def test_absurd_constants(nets, tmp_path):
+    "A table of 10^10 noise levels would be 80 GB."
+    for wrong in (10**10, 0, 1.5):
+        refuse(official_file(nets["adm"], "iDDPMPrecond", C_1=0.001, C_2=0.008, M=wrong), tmp_path, "noise levels, expected 2 to")
+    refuse(official_file(nets["adm"], sigma_data=-1.0), tmp_path, "do not fit.*sigma_data")
+
+
 def test_unknown_wrapper_and_other_contents(nets, tmp_path):
     refuse(official_file(nets["ncsnpp"], "SomethingElse"), tmp_path, "SomethingElse.*expected one of EDMPrecond")
     refuse(to_bytes(dict(G_ema=1)), tmp_path, "no entry 'ema'")
