@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from edm_nb.data import book_images, digits, one_hot, to_uint8
-from edm_nb.metrics import feature_stats, frechet_distance, pixels
-from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.framework import LINEAR, VE, vp_schedule
+from edm_nb.metrics import feature_stats, frechet_distance, pixels
+from edm_nb.ode_solvers import edm_sigmas, euler, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.training import EMA, TrainConfig, ema_beta, ema_denoiser, ladder, shrink, table_1_rows, train
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"

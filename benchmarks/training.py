@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edm_nb.data import IndexStream
 from edm_nb import training as T
+from edm_nb.data import IndexStream
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 

@@ -300,15 +300,15 @@ def table_1_rows(config:TrainConfig,   # gives everything but the row: network, 
             for name in ("vp", "ve", "iddpm")}
     return rows | {"edm": config}
 
-# %% ../nbs/04_training.ipynb #db0025b7
-PAPER_COST = dict(hardware="one H100-class GPU, fp32 with TF32 off; estimate, not measured", hours=100, memory_gib=40,
-                  note="divide the hours by the number of GPUs")
+# %% ../nbs/04_training.ipynb #8a981eb8
+PAPER_COST = dict(hardware="a GPU that sustains 100 TFLOP/s", gpu_hours="36 for rows A and B, 70 for C to F", memory_gib=40,
+                  basis="21.6 and 42.3 GFLOP per forward pass of an image, counted; time and memory estimated, not measured")
 
 DIGITS = TrainConfig(
     data="digits", network=dict(arch="tiny", model_channels=32, channel_mult=[1, 3], num_blocks=1),
     precond={"scalings": "edm", "sigma_data": 0.75}, sigma_args={"P_mean": -0.8, "P_std": 1.2}, images=300_000, batch=128,
     lr=2e-3, lr_rampup=10_000, ema_halflife=30_000, channels_last=True, log_every=20_000, save_every=100_000,
-    expected=dict(hardware="2 CPU cores", minutes=4, memory_gib=0.6))
+    expected=dict(hardware="2 CPU cores", minutes=4, memory_gib=0.9))
 
 PRESETS = {
     "digits": DIGITS,
@@ -322,9 +322,10 @@ PRESETS = {
 }
 PRESETS["cifar10-guidance"] = dataclasses.replace(PRESETS["cifar10-cond-ddpmpp"], label_dropout=0.1)
 PRESETS["cifar10-25min"] = dataclasses.replace(
-    PRESETS["cifar10-cond-ddpmpp"], images=10_000_000, lr_rampup=500_000, ema_halflife=250_000, precision="bf16", compile=True,
+    PRESETS["cifar10-cond-ddpmpp"], images=5_000_000, lr_rampup=250_000, ema_halflife=125_000, precision="bf16", compile=True,
     network=dict(arch="ddpmpp", model_channels=64, num_blocks=4, attn_resolutions=[16], channel_mult=[2, 2, 2], dropout=0.0),
-    expected=dict(hardware="one H100-class GPU; estimate, not measured", minutes=25, memory_gib=12))
+    expected=dict(hardware="a GPU that sustains 100 TFLOP/s", minutes=27, memory_gib=12,
+                  basis="10.7 GFLOP per forward pass of an image, counted; time and memory estimated, not measured"))
 
 # %% ../nbs/04_training.ipynb #b9dd0fef
 def describe(config:TrainConfig) -> str:   # lines of text
@@ -712,7 +713,7 @@ def due(before:int,    # images at the last look
     "Whether a multiple of `every` was passed, or the end reached."
     return every > 0 and before//every != now//every or now >= total
 
-# %% ../nbs/04_training.ipynb #d2e6ca72
+# %% ../nbs/04_training.ipynb #d8e70b51
 def run_loop(state:TrainState,          # is advanced
              data:ImageSet,             # on the device if it fits
              team:Team,                 # who takes part
@@ -728,9 +729,10 @@ def run_loop(state:TrainState,          # is advanced
             torch.manual_seed(stream_seed(config.seed, "dropout", state.images, team.rank))
             batch = make_batch(config, data, order, state.images, team.device, team.rank, team.world)
             meter.add(*train_step(forward, state, batch, team.world))
-            if due(before, state.images, config.log_every, config.images) or pressed:
+            if due(before, state.images, config.log_every, config.images):
                 record, reported = meter.read(state, state.images - reported, team.world), state.images
-            if write and (due(before, state.images, config.save_every, config.images) or pressed): save_run(state, folder)
+            if write and due(before, state.images, config.save_every, config.images): save_run(state, folder)
+            elif write and pressed: save_run(state, folder)     # no exchange with other processes: they may be a step away
         if pressed: raise KeyboardInterrupt(f"stopped at {state.images:,} images; {state.saved or 'nothing saved'}")
         if record is None: continue
         try: yield record
