@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from edm_nb.data import cifar10, to_float
 from edm_nb.framework import IdealDenoiser
 
-KIND = 4   # queries of each kind in the error measurement
+KIND = 3   # queries of each kind in the error measurement
 
 
 def naive(x, sigma, Y):
@@ -134,23 +134,27 @@ def main():
 
     levels = torch.logspace(torch.tensor(0.002).log10(), torch.tensor(80.).log10(), args.sigmas).tolist() if args.sigmas else []
     levels = [0.002, *levels[1:-1], 80.] if levels else []
-    errors = []
-    for sigma in levels:
+    record = dict(
+        about="ideal denoiser: time of one call, and largest absolute error of D against naive float64",
+        data=f"{found.name} ({len(Y):,} training images; queries from the test set)", n_images=len(Y), queries=args.queries,
+        time=times[10.], time_sigma_05=times[0.5], timed_sigma=10.0, setup_s=setup, repeats=args.repeats, naive_queries=args.naive_queries,
+        sigmas=[], errors=[], error_queries=3 * KIND, max_error=None, complete=not levels,
+        seed=args.seed, threads=torch.get_num_threads(), hardware=f"{cpu_name()}, {os.cpu_count()} cores", date=datetime.date.today().isoformat(),
+        load_average=os.getloadavg()[0], versions=dict(torch=torch.__version__, python=platform.python_version()))
+    # from both ends and the middle inwards, so that a run which is cut short still covers the range
+    order = sorted(range(len(levels)), key=lambda i: (i % 3 != 0, i % 3 != 1, i))
+    for done, i in enumerate(order):
+        sigma = levels[i]
         x = queries(Y, held_out, sigma, generator)
         truth, before = naive(x, sigma, Y), ideal.float64_queries
         answers = {"IdealDenoiser": ideal(x, sigma), "float32 products (not refined)": float32_products(x, sigma, Y, norms32),
                    "torch.cdist, float32": cdist(x, sigma, Y)}
-        errors.append({"sigma": sigma, "float64_queries": ideal.float64_queries - before,
-                       **{name: (D - truth).abs().max().item() for name, D in answers.items()}})
-        print(errors[-1], flush=True)
-
-    record = dict(
-        about="ideal denoiser: time of one call, and largest absolute error of D against naive float64",
-        data=f"{found.name} ({len(Y)} training images; queries from the test set)", n_images=len(Y), queries=args.queries,
-        time=times[10.], time_sigma_05=times[0.5], timed_sigma=10.0, setup_s=setup, repeats=args.repeats, naive_queries=args.naive_queries,
-        sigmas=levels, errors=errors, error_queries=3 * KIND, max_error=max((e["IdealDenoiser"] for e in errors), default=None),
-        seed=args.seed, threads=torch.get_num_threads(), hardware=f"{cpu_name()}, {os.cpu_count()} cores", date=datetime.date.today().isoformat(),
-        load_average=os.getloadavg()[0], versions=dict(torch=torch.__version__, python=platform.python_version()))
+        row = {"sigma": sigma, "float64_queries": ideal.float64_queries - before, **{name: (D - truth).abs().max().item() for name, D in answers.items()}}
+        record["errors"] = sorted([*record["errors"], row], key=lambda e: e["sigma"])
+        record["sigmas"] = [e["sigma"] for e in record["errors"]]
+        record["max_error"], record["complete"] = max(e["IdealDenoiser"] for e in record["errors"]), done == len(order) - 1
+        write_json(args.out, record)
+        print(row, flush=True)
     write_json(args.out, record)
     print(f"largest error {record['max_error']}; wrote {args.out}")
 
