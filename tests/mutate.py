@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 180      # seconds; an altered loop may not end
+TIMEOUT = 300      # seconds; an altered loop may not end
 TESTS_FAILED = 1   # pytest's exit code when tests ran and at least one failed
 QUICK = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider"]   # stop at the first failure; explain nothing
 
