@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from edm_nb import metrics
+from edm_nb.files import write_atomic
 from edm_nb.data import cifar10
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +78,7 @@ def main():
                   kid_floor=dict(value=kid.value, error=kid.error, n=args.n), bias=dict(sizes=sizes, values=bias), seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start,
                   seeds=list(range(args.repeats)), hardware=f"{platform.processor() or platform.machine()}, {args.threads} threads, {os.cpu_count()} cores",
                   versions=dict(python=platform.python_version(), torch=torch.__version__), date=date.today().isoformat())
-    metrics.write_atomic(args.out, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_atomic(args.out, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
     print(json.dumps(dict(rank_correlation=kinds, floor=floor, kid=kid, seconds=record["seconds"]), indent=1))
 
 

@@ -37,6 +37,7 @@ from edm_nb import checkpoints  # noqa: E402
 from edm_nb.augmentation import AugmentPipe  # noqa: E402
 from edm_nb.data import ImageSet, IndexStream, cifar10, load_images, one_hot, to_float, to_uint8  # noqa: E402
 from edm_nb.figures import save_png  # noqa: E402
+from edm_nb.files import write_atomic  # noqa: E402
 from edm_nb.framework import LINEAR, VE, MixtureDenoiser, vp_schedule  # noqa: E402
 from edm_nb.metrics import FeatureStats, cifar_features, frechet_distance, nearest_neighbours  # noqa: E402
 from edm_nb.networks import build_network  # noqa: E402
@@ -67,7 +68,7 @@ def environment(device):
 
 def write_json(path, value):
     "Whole or not at all."
-    return checkpoints.write_atomic(Path(path), lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
+    return write_atomic(Path(path), lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def wait(device):

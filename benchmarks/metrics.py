@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from edm_nb import metrics
+from edm_nb.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -152,7 +153,7 @@ def main():
                   streaming=streaming(args.dim, args.n, args.repeats, args.seed), others=others(args.repeats, args.seed),
                   hardware=f"{cpu}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}", date=date.today().isoformat(),
                   versions={p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()})
-    metrics.write_atomic(args.out, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_atomic(args.out, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
     print(json.dumps({k: v for k, v in record.items() if k != "frechet_distance"}, indent=1))
 
 

@@ -4,62 +4,28 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MODULE', 'TENSOR', 'PARAMETER', 'STORAGE', 'DICTS', 'MODULE_DICT', 'SCALARS', 'OFFICIAL_GLOBALS',
-           'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'write_atomic',
-           'current_umask', 'sync_folder', 'sha256', 'model_files', 'save', 'read_config', 'read_tensors', 'fit',
-           'rebuild', 'precondition', 'load', 'pack', 'unpack', 'digest', 'state_files', 'latest_state', 'save_state',
-           'read_state', 'load_state', 'last_good', 'rng_state', 'set_rng_state', 'read_official', 'as_dict',
-           'describe', 'read_storage', 'storage_entry', 'read_tensor', 'read_module', 'module_tensors', 'number',
-           'infer_config', 'from_state_dict', 'load_official', 'check_declared', 'convert']
+           'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'sha256', 'model_files',
+           'save', 'read_config', 'read_tensors', 'fit', 'rebuild', 'precondition', 'load', 'pack', 'unpack', 'digest',
+           'state_files', 'latest_state', 'save_state', 'read_state', 'load_state', 'last_good', 'rng_state',
+           'set_rng_state', 'read_official', 'as_dict', 'describe', 'read_storage', 'storage_entry', 'read_tensor',
+           'read_module', 'module_tensors', 'number', 'infer_config', 'from_state_dict', 'load_official',
+           'check_declared', 'convert']
 
 # %% ../nbs/14_checkpoints.ipynb #b216c041
-import hashlib, io, json, math, mmap, os, random, re, struct, tempfile
+import hashlib, io, json, math, mmap, random, re, struct
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
 from . import __version__
 from .data import Call, Name, PickleReader, hash_buffer
+from .files import write_atomic
 from .networks import build_network
 from .preconditioning import Preconditioned, iddpm_levels
 
 # %% ../nbs/14_checkpoints.ipynb #f338a731
 class CheckpointError(ValueError):
     "What is wrong with a checkpoint, in one line that names the file."
-
-# %% ../nbs/14_checkpoints.ipynb #9e318662
-def write_atomic(path:Path,    # where the file goes; its folder is made if missing
-                 write,        # function of a path that writes the file there
-                ) -> Path:     # the path
-    "Write under a temporary name in the same folder, flush to the disk, rename: the old file or the new one, never a part."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    os.close(fd)
-    try:
-        write(Path(name))
-        with open(name, "rb+") as file: os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~current_umask())
-        os.replace(name, path)
-        sync_folder(path.parent)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
-
-# %% ../nbs/14_checkpoints.ipynb #c9652af6
-def current_umask() -> int:    # bits that new files do not get
-    "The umask can only be read by setting it."
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-def sync_folder(folder:Path,   # whose entries changed
-               ) -> None:
-    "Flush a rename to the disk, where the system can."
-    try: fd = os.open(folder, os.O_RDONLY)
-    except OSError: return                     # Windows opens no folders
-    try: os.fsync(fd)
-    except OSError: pass                       # some network file systems refuse
-    finally: os.close(fd)
 
 # %% ../nbs/14_checkpoints.ipynb #0b09ab0a
 def sha256(path:Path,        # file

@@ -22,10 +22,11 @@ import typer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/15_cli.ipynb #7b51bb72
+# %% ../nbs/15_cli.ipynb #355f78dc
 from . import checkpoints
 from .data import ImageSet, cifar10, digits, load_images, one_hot, to_uint8, write_zip
 from .figures import save_png
+from .files import write_atomic
 from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_stats, frechet_distance, inception, measure, pixels,
                             reference_stats, sampling_cost, save_stats, stats_distance)
 from .ode_solvers import edm_sigmas, euler, heun, rk2
@@ -64,10 +65,10 @@ def free_path(path:Path,             # where the output shall go
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/15_cli.ipynb #873e2585
+# %% ../nbs/15_cli.ipynb #5b747394
 def write_json(path:Path, value) -> Path:   # the path
     "Write a JSON file, whole or not at all."
-    return checkpoints.write_atomic(Path(path), lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
+    return write_atomic(Path(path), lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
 # %% ../nbs/15_cli.ipynb #d57219f9
 def parse_numbers(text:str,             # such as "0-63,100"
@@ -280,7 +281,7 @@ def train(preset:Annotated[str, typer.Argument(help="a preset, or a JSON file li
         report(team, f"done: loss {last.loss:.4f}, {last.images_per_second:.0f} images/s, {last.skipped} updates skipped; "
                      f"model in {out/'model.safetensors'}")
 
-# %% ../nbs/15_cli.ipynb #2bc17719
+# %% ../nbs/15_cli.ipynb #e398149a
 def write_images(out:Path, seeds:list[int], images:Tensor, labels:Tensor|None) -> Path:   # `out`
     "One sheet, one npz, one zip, by the ending of `out`; whole or not at all."
     classes = None if labels is None else labels.argmax(1)
@@ -290,7 +291,7 @@ def write_images(out:Path, seeds:list[int], images:Tensor, labels:Tensor|None) -
     if classes is not None: arrays["labels"] = classes.numpy()
     def write(path):
         with open(path, "wb") as file: np.savez_compressed(file, **arrays)   # a file object: numpy adds no ending
-    return checkpoints.write_atomic(out, write)
+    return write_atomic(out, write)
 
 def write_folder(out:Path, seeds:list[int], images:Tensor) -> None:
     "One PNG per image, named by seed, each whole or not there."
@@ -451,13 +452,12 @@ def demo(out:Out=Path("runs/demo"),
                f"{result['halves']:.3f} between two halves of the data ({count//2} images each).\n"
                f"{result['seconds']:.0f} s in all. Look at {out/'samples.png'}; the model is {out/'model.safetensors'}")
 
-# %% ../nbs/15_cli.ipynb #16ba38d1
+# %% ../nbs/15_cli.ipynb #875928b7
 @app.command(epilog="Example:  edm-nb convert edm-cifar10-32x32-cond-vp.pkl --out models/c10-cond-vp")
 @friendly
 def convert(source:Annotated[Path, typer.Argument(help="an official .pkl file")], out:Out, overwrite:Overwrite=False):
     "Turn an official pickle into safetensors and JSON without running any code from it."
-    free_path(out, overwrite)
-    written = checkpoints.convert(source, out)
+    written = checkpoints.convert(source, free_path(out, overwrite), overwrite)
     typer.echo(f"wrote {written}; the weights keep the licence of their authors (CC BY-NC-SA 4.0)")
 
 # %% ../nbs/15_cli.ipynb #2e5a0f41

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from .files import write_atomic
 
 # %% ../nbs/10_data.ipynb #eec22efb
 class DataError(ValueError):
@@ -498,20 +499,12 @@ def write_zip(path,                # where; an existing file is replaced only wh
     if x.dtype != torch.uint8 or x.shape[1] not in (1, 3): raise DataError(f"{path}: a zip holds uint8 images of 1 or 3 channels, got {x.dtype} {list(x.shape)}")
     names = [f"{i//1000:05d}/img{i:08d}.png" for i in range(len(x))]
     labels = None if image_set.labels is None else [list(pair) for pair in zip(names, image_set.labels.tolist())]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, image in zip(names, x): archive.writestr(zipfile.ZipInfo(name), png_bytes(image.numpy()))
-                content = dict(labels=labels, **({"class_names": list(image_set.class_names)} if image_set.class_names else {}))
-                archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(content))
-            file.flush(); os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, image in zip(names, x): archive.writestr(zipfile.ZipInfo(name), png_bytes(image.numpy()))
+            content = dict(labels=labels, **({"class_names": list(image_set.class_names)} if image_set.class_names else {}))
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(content))
+    return write_atomic(path, write)
 
 # %% ../nbs/10_data.ipynb #ad45d9db
 @dataclass(frozen=True)

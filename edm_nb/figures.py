@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'use_style', 'to_pixels', 'tile', 'show_images', 'strips', 'save_png']
 
-# %% ../nbs/16_figures.ipynb #1676c3c4
-import math, os, tempfile
+# %% ../nbs/16_figures.ipynb #4ffb22ad
+import math
 from pathlib import Path
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
+from .files import write_atomic
 
 # %% ../nbs/16_figures.ipynb #c6af3a86
 COLOURS = {
@@ -101,7 +102,7 @@ def strips(rows:list,            # one `[K, C, H, W]` tensor per row
     if title: fig.suptitle(title, fontsize=10.5)
     return fig
 
-# %% ../nbs/16_figures.ipynb #af62c6db
+# %% ../nbs/16_figures.ipynb #a213f5e0
 def save_png(path,             # where the file goes; its folder is made if missing
              images:Tensor,    # `[B, C, H, W]`, uint8 or float in [-1, 1]
              columns:int|None=None,  # images per row
@@ -109,14 +110,5 @@ def save_png(path,             # where the file goes; its folder is made if miss
             ) -> Path:         # the path
     "Write a sheet of images as a PNG, atomically."
     from PIL import Image
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet = tile(images, columns).repeat(scale, 0).repeat(scale, 1)
-    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as file: Image.fromarray(sheet).save(file, "PNG")
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return path
+    return write_atomic(path, lambda temporary: Image.fromarray(sheet).save(temporary, "PNG"))

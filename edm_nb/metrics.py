@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'FEATURES', 'as_moments', 'eigen_factor', 'cholesky_factor', 'root_trace_fast',
            'root_trace', 'frechet_distance', 'add_gram', 'check_features', 'FeatureStats', 'moments_stats',
-           'write_atomic', 'save_stats', 'load_stats', 'world', 'gather_stats', 'quantise', 'check_uint8', 'Pixels',
-           'pixels', 'CifarFeatures', 'file_hash', 'assets', 'cifar_features', 'cifar_features_record',
-           'inception_weights', 'Inception', 'inception', 'metric_name', 'image_batches', 'extract', 'feature_stats',
-           'stats_distance', 'subset_distances', 'Extrapolation', 'extrapolate', 'kernel_sums', 'KID', 'kid',
-           'distances', 'radii', 'covered', 'PrecisionRecall', 'precision_recall', 'nearest_neighbours',
-           'neighbour_sheet', 'Protocol', 'differing', 'Score', 'compare', 'seed_ranges', 'describe_seeds',
-           'seed_batches', 'sampling_cost', 'measure', 'reference_stats', 'image_distance', 'add_noise', 'blur', 'jpeg',
-           'pick_classes', 'ranks', 'rank_correlation', 'monotone']
+           'save_stats', 'load_stats', 'world', 'gather_stats', 'quantise', 'check_uint8', 'Pixels', 'pixels',
+           'CifarFeatures', 'file_hash', 'assets', 'cifar_features', 'cifar_features_record', 'inception_weights',
+           'Inception', 'inception', 'metric_name', 'image_batches', 'extract', 'feature_stats', 'stats_distance',
+           'subset_distances', 'Extrapolation', 'extrapolate', 'kernel_sums', 'KID', 'kid', 'distances', 'radii',
+           'covered', 'PrecisionRecall', 'precision_recall', 'nearest_neighbours', 'neighbour_sheet', 'Protocol',
+           'differing', 'Score', 'compare', 'seed_ranges', 'describe_seeds', 'seed_batches', 'sampling_cost', 'measure',
+           'reference_stats', 'image_distance', 'add_noise', 'blur', 'jpeg', 'pick_classes', 'ranks',
+           'rank_correlation', 'monotone']
 
 # %% ../nbs/13_metrics.ipynb #6015809b
-import hashlib, json, math, os, tempfile, time, warnings
+import hashlib, json, math, os, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .files import write_atomic
 
 # %% ../nbs/13_metrics.ipynb #f19c3526
 def as_moments(mean,    # `[d]`, array or tensor
@@ -217,23 +218,6 @@ def moments_stats(mean,             # `[d]`, array or tensor
     stats._n, stats._mean, stats._m2 = n, mean.clone(), cov if n is None else cov*(n - 1)
     return stats
 
-# %% ../nbs/13_metrics.ipynb #0eb6b310
-def write_atomic(path,                # where the file goes; its folder is made if missing
-                 write:Callable,      # called with an open binary file
-                ) -> Path:            # the path
-    "Write a whole file or none: temporary file, fsync, rename."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as file: write(file); file.flush(); os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
-
 # %% ../nbs/13_metrics.ipynb #02ad812b
 def save_stats(path,                # file to write, `.npz`
                stats:FeatureStats,  # what to write
@@ -241,7 +225,9 @@ def save_stats(path,                # file to write, `.npz`
     "Write statistics as npz with the published keys `mu` and `sigma`, plus count and feature network; atomic."
     content = dict(mu=stats.mean.cpu().numpy(), sigma=stats.cov.cpu().numpy(),
                    n=np.int64(-1 if stats.n is None else stats.n), name=np.str_(stats.name), hash=np.str_(stats.hash))
-    return write_atomic(path, lambda file: np.savez(file, **content))
+    def write(temporary):
+        with open(temporary, "wb") as file: np.savez(file, **content)   # given a name, numpy would add an ending
+    return write_atomic(path, write)
 
 # %% ../nbs/13_metrics.ipynb #001490df
 def load_stats(path,   # npz written by `save_stats`, or a published reference file with `mu` and `sigma`

@@ -187,7 +187,7 @@ def test_files(tmp_path):
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path/"x.npz"
     path.write_bytes(b"old")
-    def fails(file): file.write(b"half"); raise OSError("disk full")
+    def fails(file): file.write_bytes(b"half"); raise OSError("disk full")
     with pytest.raises(OSError): M.write_atomic(path, fails)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
