@@ -300,13 +300,13 @@ def table_1_rows(config:TrainConfig,   # gives everything but the row: network, 
             for name in ("vp", "ve", "iddpm")}
     return rows | {"edm": config}
 
-# %% ../nbs/04_training.ipynb #8a981eb8
+# %% ../nbs/04_training.ipynb #2b7e7676
 PAPER_COST = dict(hardware="a GPU that sustains 100 TFLOP/s", gpu_hours="36 for rows A and B, 70 for C to F", memory_gib=40,
                   basis="21.6 and 42.3 GFLOP per forward pass of an image, counted; time and memory estimated, not measured")
 
 DIGITS = TrainConfig(
     data="digits", network=dict(arch="tiny", model_channels=32, channel_mult=[1, 3], num_blocks=1),
-    precond={"scalings": "edm", "sigma_data": 0.75}, sigma_args={"P_mean": -0.8, "P_std": 1.2}, images=300_000, batch=128,
+    precond={"scalings": "edm", "sigma_data": 0.75}, sigma_args={"P_mean": -0.8, "P_std": 1.2}, images=200_000, batch=128,
     lr=2e-3, lr_rampup=10_000, ema_halflife=30_000, channels_last=True, log_every=20_000, save_every=100_000,
     expected=dict(hardware="2 CPU cores", minutes=4, memory_gib=0.9))
 
