@@ -436,7 +436,7 @@ def artefacts(report):
     config = denoise.net.config
     small = Preconditioned.from_config(build_network(config), denoise.config)
     small.load_state_dict(denoise.state_dict())
-    path = checkpoints.save(report.out / "model.safetensors", small.to(torch.bfloat16).eval(), note="averaged weights")
+    path = checkpoints.save(report.out / "weights.safetensors", small.to(torch.bfloat16).eval(), note="averaged weights")
     return dict(images=n, drift=drift, weights=Path(path).name, weights_mb=Path(path).stat().st_size / 1e6,
                 parameters=sum(p.numel() for p in denoise.parameters()))
 

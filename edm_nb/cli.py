@@ -281,11 +281,11 @@ def train(preset:Annotated[str, typer.Argument(help="a preset, or a JSON file li
         report(team, f"done: loss {last.loss:.4f}, {last.images_per_second:.0f} images/s, {last.skipped} updates skipped; "
                      f"model in {out/'model.safetensors'}")
 
-# %% ../nbs/15_cli.ipynb #e398149a
-def write_images(out:Path, seeds:list[int], images:Tensor, labels:Tensor|None) -> Path:   # `out`
+# %% ../nbs/15_cli.ipynb #024d4084
+def write_images(out:Path, seeds:list[int], images:Tensor, labels:Tensor|None, columns:int|None=None) -> Path:   # `out`
     "One sheet, one npz, one zip, by the ending of `out`; whole or not at all."
     classes = None if labels is None else labels.argmax(1)
-    if out.suffix == ".png": return save_png(out, images)
+    if out.suffix == ".png": return save_png(out, images, columns)
     if out.suffix == ".zip": return write_zip(out, ImageSet(images, classes, name=out.stem)) or out
     arrays = dict(images=images.numpy(), seeds=np.array(seeds))
     if classes is not None: arrays["labels"] = classes.numpy()
@@ -297,7 +297,7 @@ def write_folder(out:Path, seeds:list[int], images:Tensor) -> None:
     "One PNG per image, named by seed, each whole or not there."
     for seed, image in zip(seeds, images): save_png(out/f"{seed:06d}.png", image[None])
 
-# %% ../nbs/15_cli.ipynb #468927e2
+# %% ../nbs/15_cli.ipynb #57bc4149
 @app.command(epilog="Example:  edm-nb sample runs/digits --seeds 0-99 --classes 0-9 --out grid.png")
 @friendly
 def sample(model:Annotated[Path, typer.Argument(help="a checkpoint or a run folder")], out:Out,
@@ -321,7 +321,8 @@ def sample(model:Annotated[Path, typer.Argument(help="a checkpoint or a run fold
         if parts:
             by_seed = {seed: (image, label) for seed, image, label in parts}
             images, labels = zip(*(by_seed[seed] for seed in numbers))
-            write_images(out, numbers, torch.stack(images), None if labels[0] is None else torch.stack(labels))
+            write_images(out, numbers, torch.stack(images), None if labels[0] is None else torch.stack(labels),
+                         len(wanted) if wanted and len(wanted) > 1 else None)
         report(team, f"wrote {out}")
 
 # %% ../nbs/15_cli.ipynb #8cc41931

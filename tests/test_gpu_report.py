@@ -26,7 +26,7 @@ def test_every_stage_at_toy_size(tmp_path):
     assert {row["weights"] for row in results["model"]["rows"]} == {"raw", "ema"}
     assert results["model"]["train_test_floor"] > 0
     assert {row["what"] for row in results["study"]["rows"]} == {"solver", "row", "churn"}
-    for name in ("samples.png", "neighbours.png", "langevin.png", "model.safetensors"):
+    for name in ("samples.png", "neighbours.png", "langevin.png", "weights.safetensors"):
         assert (tmp_path / name).stat().st_size > 100
     again = report(tmp_path)
     assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES)
