@@ -503,6 +503,7 @@ def test_an_interrupted_loop_keeps_what_it_has():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_seed_gives_the_same_image_on_a_gpu():
     def images(device):
         noise = SeededNoise([1, 2, 3])
