@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXPORTED := .venv/.exported
+BENCHMARKS := ideal_denoiser samplers stochastic data networks augmentation metrics training
 
 # Real CIFAR-10 images are used where they are found; set EDM_NB_CIFAR10 to your own copy.
 ifeq ($(strip $(EDM_NB_CIFAR10)),)
@@ -46,7 +46,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 bench: $(STAMP)  ## run the benchmarks that need no GPU
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 demo: $(STAMP)  ## train, sample and measure a digits model (a few minutes)
 	$(BIN)/edm-nb demo --out runs/demo

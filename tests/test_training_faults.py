@@ -183,7 +183,10 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_finished_update(tmp_path):
     assert same(everything(run.state), dict(sorted(tensors.items())))
 
 
-def test_interrupt_is_deferred_to_the_end_of_the_step():
+def test_interrupt_is_deferred_to_the_end_of_the_step(request):
+    # a shell starts background jobs with Ctrl-C ignored, and a test run may be one
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with T.deferred_interrupt() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
