@@ -32,7 +32,7 @@ from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_sta
 from .ode_solvers import edm_sigmas, euler, heun, rk2
 from .preconditioning import Preconditioned, iddpm_scalings
 from .stochastic import Churn, SeededNoise, sample as draw
-from .training import (PRESETS, TrainConfig, TrainingDiverged, config_from, guided, join_team, load_data, train as run_training,
+from .training import (PRESETS, FolderBusy, TrainConfig, TrainingDiverged, config_from, guided, join_team, load_data, train as run_training,
                              without_labels)
 
 # %% ../nbs/15_cli.ipynb #bfcf4ccb
@@ -45,7 +45,7 @@ def friendly(command):
     @functools.wraps(command)
     def run(*args, **kwargs):
         try: return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, TrainingDiverged) as error:
+        except (ValueError, OSError, ImportError, TrainingDiverged, FolderBusy) as error:
             typer.echo(f"edm-nb: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:

@@ -8,9 +8,9 @@ __all__ = ['QUANTILES', 'WEIGHTS', 'PAPER_COST', 'DIGITS', 'PRESETS', 'FREE', 'i
            'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'guided', 'without_labels', 'TrainConfig', 'check_config',
            'config_from', 'config_json', 'ladder', 'cifar10_ladder', 'table_1_rows', 'describe', 'load_data', 'shrink',
            'to_device', 'check_data', 'stream_seed', 'Batch', 'send', 'make_batch', 'TrainState', 'build_denoiser',
-           'new_state', 'ema_denoiser', 'backward', 'guard', 'train_step', 'Team', 'join_team', 'wrap', 'lock_folder',
-           'state_tensors', 'restore_tensors', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter',
-           'deferred_interrupt', 'due', 'run_loop', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
+           'new_state', 'ema_denoiser', 'backward', 'guard', 'train_step', 'Team', 'join_team', 'wrap', 'FolderBusy',
+           'lock_folder', 'state_tensors', 'restore_tensors', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged',
+           'Meter', 'deferred_interrupt', 'due', 'run_loop', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
 
 # %% ../nbs/04_training.ipynb #deea7fb3
 import contextlib, copy, dataclasses, fcntl, functools, hashlib, json, math, os, signal, tempfile, threading, time
@@ -569,6 +569,9 @@ def wrap(state:TrainState,   # whose denoiser is wrapped
     return nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
 
 # %% ../nbs/04_training.ipynb #02504abf
+class FolderBusy(RuntimeError):
+    "Another process trains in this run folder."
+
 @contextlib.contextmanager
 def lock_folder(folder:Path) -> Iterator[Path]:   # the folder, made if missing
     "Hold a run folder for this process; the system lets go when the process ends, however it ends."
@@ -581,7 +584,7 @@ def lock_folder(folder:Path) -> Iterator[Path]:   # the folder, made if missing
         try:
             if fcntl is not None: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another run is training in {folder}; wait for it, stop it, or choose another folder") from None
+            raise FolderBusy(f"another run is training in {folder}; wait for it, stop it, or choose another folder") from None
         yield folder
 
 # %% ../nbs/04_training.ipynb #42d18600

@@ -127,6 +127,14 @@ def test_train_resumes_and_never_takes_a_strange_folder(tmp_path):
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
+def test_a_folder_in_use_is_one_line_and_exit_code_2(tmp_path):
+    from edm_nb.training import lock_folder
+    with lock_folder(tmp_path / "run"):
+        (tmp_path / "run/config.json").write_text("{}")          # as a run that has just begun
+        done = edm_nb("train", "toy", "--images", 64, "--device", "cpu", "--out", tmp_path / "run")
+    assert done.exit_code == 2 and "edm-nb: another run is training" in done.output, done.output
+
+
 def test_stats_and_fid_agree_with_the_functions(tmp_path):
     data = digits()
     write_zip(tmp_path / "half.zip", data.take(slice(0, 900)))
