@@ -5,11 +5,11 @@
 """
 import argparse
 import dataclasses
-import platform
 import time
 from pathlib import Path
 
 import torch
+from record import RESULTS, cpu_name, now, versions
 
 from edm_nb import checkpoints
 from edm_nb.data import digits, one_hot, to_uint8
@@ -17,15 +17,6 @@ from edm_nb.figures import save_png
 from edm_nb.metrics import feature_stats, frechet_distance, pixels
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 from edm_nb.training import PRESETS, ema_denoiser, sample_grid, table_1_rows, train
-
-MODELS = Path(__file__).resolve().parent.parent / "results" / "models"
-
-
-def machine():
-    "What the numbers were measured on."
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(machine=gpu or f"{platform.processor() or platform.machine()} CPU", threads=torch.get_num_threads(),
-                torch=torch.__version__, python=platform.python_version(), date=time.strftime("%Y-%m-%d"))
 
 
 def pixel_distance(denoiser, seed=0, steps=18):
@@ -46,12 +37,12 @@ def train_and_save(config, path):
         print(f"{path.stem}: {record.images:,} images, loss {record.loss:.4f}, {record.images_per_second:.0f} images/s", flush=True)
     denoiser = ema_denoiser(record.state)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    checkpoints.save(path, denoiser, train_config=dataclasses.asdict(config), images=record.images, loss=round(record.loss, 5),
-                     seconds=round(seconds), cpu_seconds=round(cpu), seed=config.seed, **machine())
+    extra = dict(train_config=dataclasses.asdict(config), images=record.images, loss=round(record.loss, 5), seconds=round(seconds),
+                 cpu_seconds=round(cpu), seed=config.seed, machine=cpu_name(), threads=torch.get_num_threads(), date=now(), **versions())
+    checkpoints.save(path, denoiser, **extra)
     save_png(path.with_suffix(".png"), sample_grid(denoiser), columns=10, scale=4)
     distance = pixel_distance(denoiser)
-    checkpoints.save(path, denoiser, train_config=dataclasses.asdict(config), images=record.images, loss=round(record.loss, 5),
-                     seconds=round(seconds), cpu_seconds=round(cpu), seed=config.seed, **machine(),
+    checkpoints.save(path, denoiser, **extra,
                      pixel_frechet_distance=round(distance, 4), samples=1797, sampler="Heun, 18 steps, 35 evaluations", sample_seed=0)
     print(f"{path.stem}: {seconds:.0f} s, {cpu:.0f} s of CPU, pixel distance {distance:.3f}", flush=True)
 
@@ -60,7 +51,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", action="store_true", help="train the four rows of Table 1 instead")
     parser.add_argument("--images", type=int, help="length of the training")
+    parser.add_argument("--out", type=Path, default=RESULTS/"models", help="folder of the models")
     args = parser.parse_args()
     configs = {f"digits-{k}": v for k, v in table_1_rows(PRESETS["digits"]).items()} if args.rows else {"digits": PRESETS["digits"]}
     for name, config in configs.items():
-        train_and_save(dataclasses.replace(config, **({"images": args.images} if args.images else {})), MODELS / f"{name}.safetensors")
+        train_and_save(dataclasses.replace(config, **({"images": args.images} if args.images else {})), args.out/f"{name}.safetensors")
