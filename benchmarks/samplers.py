@@ -10,10 +10,10 @@ rotates, so that a slow moment of the machine hits all alike. Reported: median a
 
 The peers are optional: those not installed are named and left out (`pip install k-diffusion diffusers azula`).
 """
-import argparse, datetime, importlib.metadata, json, os, platform, statistics, sys, tempfile, time
+import argparse, statistics
 from pathlib import Path
 import torch
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from record import RESULTS, hardware, now, timed, versions, write_json
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 
 N = 18                                     # steps
@@ -103,13 +103,7 @@ def measure(batch, rounds, seed):
         tolerance = 2e-4 if "float32" in name else 1e-10
         torch.testing.assert_close(run().double(), expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
     runs["35 denoiser calls alone"] = calls_alone(sigmas, noise)
-    times, names = {name: [] for name in runs}, list(runs)
-    for i in range(rounds + 1):                                     # the first round warms up
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            start = time.perf_counter()
-            runs[name]()
-            if i: times[name].append(time.perf_counter() - start)
-    return times, missing
+    return {name: times.wall for name, times in timed(runs, rounds).items()}, missing
 
 
 def summary(times):
@@ -118,41 +112,16 @@ def summary(times):
     return dict(n=len(times), median_ms=1e3*statistics.median(times), q1_ms=1e3*q[0], q3_ms=1e3*q[2], min_ms=1e3*min(times))
 
 
-def cpu_name():
-    "The processor's model, where the system tells."
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError: return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write_json(path, record):
-    "Atomic: a reader sees the old file or the new one."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(record, file, indent=1)
-        file.flush(); os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)                       # temporary files are private, results are not
-    os.replace(file.name, path)
-
-
-def version(package):
-    "Installed version, or None."
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--rounds", type=int, nargs="+", default=[60, 20, 8], help="one number per batch, or one for all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "results" / "bench_samplers.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_samplers.json")
     args = parser.parse_args()
     rounds = args.rounds if len(args.rounds) == len(args.batches) else args.rounds[:1]*len(args.batches)
     record = dict(task=f"{N}-step Heun, {2*N-1} evaluations of D(x) = x/2, images 3x32x32", seed=args.seed, batches={},
-                  date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                  hardware=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0]),
-                  versions={p: version(p) for p in ("torch", "k-diffusion", "diffusers", "azula")} | dict(python=platform.python_version()))
+                  date=now(), hardware=hardware(), versions=versions("k-diffusion", "diffusers", "azula"))
     for batch, n in zip(args.batches, rounds):
         times, missing = measure(batch, n, args.seed)
         result = {name: summary(t) for name, t in times.items()}

@@ -3,19 +3,12 @@
     python benchmarks/stochastic.py            # writes results/stochastic_speed.json
 """
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
-import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from record import RESULTS, hardware_line, now, timed, versions, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 from edm_nb.framework import ode_derivative, score
 from edm_nb.ode_solvers import Flow, edm_sigmas, heun
 from edm_nb.stochastic import MAX_GAMMA, SeededNoise, add_churn, langevin, sample_sde, song_beta
@@ -44,18 +37,9 @@ def frugal(shape):
     return lambda x, sigma: torch.mul(x, 0.5, out=memory)
 
 
-def milliseconds(function, steps):
-    "Time of one step."
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start)/steps*1e3
-
-
 def compare(name, naive, in_place, steps, repeats):
     "Medians of interleaved runs, so that a busy machine hits both alike."
-    naive(), in_place()
-    pairs = [(milliseconds(naive, steps), milliseconds(in_place, steps)) for _ in range(repeats)]
-    slow, fast = zip(*pairs, strict=True)
+    slow, fast = ([1e3*s/steps for s in times.wall] for times in timed({"naive": naive, "in place": in_place}, repeats).values())
     low, _, high = statistics.quantiles(fast, n=4)
     row = {"name": name, "naive_ms": statistics.median(slow), "in_place_ms": statistics.median(fast), "spread_ms": (high - low)/2,
            "repeats": repeats, "steps": steps}
@@ -74,7 +58,7 @@ def both_loops(label, shape, randn_like, repeats, steps=20):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT/"results"/"stochastic_speed.json")
+    parser.add_argument("--out", type=Path, default=RESULTS/"stochastic_speed.json")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,22 +66,8 @@ def main():
     rows = [row for label, shape in (("64 × 1×8×8", (64, 1, 8, 8)), ("64 × 3×32×32", (64, 3, 32, 32)), ("64 × 3×64×64", (64, 3, 64, 64)))
             for source, randn_like in (("torch noise", torch.randn_like), ("seeded noise", SeededNoise(range(64)).randn_like))
             for row in both_loops(f"{label}, {source}", shape, randn_like, arguments.repeats)]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    record = {"about": "time per step of the loops around a denoiser that costs almost nothing, float64", "rows": rows,
-              "hardware": f"{cpu}, 1 thread", "versions": {"python": platform.python_version(), "torch": torch.__version__},
-              "date": date.today().isoformat()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_name(arguments.out.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, arguments.out)
+    write_json(arguments.out, {"about": "time per step of the loops around a denoiser that costs almost nothing, float64", "rows": rows,
+                               "hardware": hardware_line(), "versions": versions(), "date": now()})
 
 
 if __name__ == "__main__":

@@ -9,36 +9,19 @@ synchronisation inside. Writes results/training_speed_<preset>.json.
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import resource
-import tempfile
-import time
 from pathlib import Path
 
 import torch
+from record import RESULTS, clock, cores, cpu_name, gpu_name, now, peak_memory, spread, timed, versions, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
 from edm_nb import training as T
 from edm_nb.data import IndexStream
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 
-
-def synchronise(device):
-    if device.type == "cuda": torch.cuda.synchronize(device)
-
-
-def timed(part, device, repeats):
-    "Median milliseconds of one call."
-    times = []
-    for _ in range(repeats + 2):
-        synchronise(device)
-        start = time.perf_counter()
-        part()
-        synchronise(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times[2:])[repeats // 2]
+def milliseconds(part, device, repeats=5):
+    "Median time of one call, after two that do not count."
+    return 1000 * spread(timed({"part": part}, repeats, warmup=2, device=device)["part"].wall)["median"]
 
 
 def forward_flops(state, batch):
@@ -58,19 +41,14 @@ def measure(config, data, device, updates):
     for k in range(3): T.train_step(forward, state, make(k))
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     loss = T.backward(forward, state, batch)
-    parts = dict(batch=timed(lambda: make(7), device, 5), gradient=timed(lambda: T.backward(forward, state, batch), device, 5),
-                 guard=timed(lambda: T.guard(state, loss), device, 5), adam=timed(state.optimizer.step, device, 5),
-                 ema=timed(lambda: state.ema.update(state.denoiser, 0.999), device, 5))
-    synchronise(device)
-    start, cpu = time.perf_counter(), time.process_time()
-    for k in range(updates): T.train_step(forward, state, make(10 + k))
-    synchronise(device)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    parts = dict(batch=lambda: make(7), gradient=lambda: T.backward(forward, state, batch), guard=lambda: T.guard(state, loss),
+                 adam=state.optimizer.step, ema=lambda: state.ema.update(state.denoiser, 0.999))
+    parts = {name: milliseconds(part, device) for name, part in parts.items()}
+    seconds, cpu, _ = clock(lambda: [T.train_step(forward, state, make(10 + k)) for k in range(updates)], device)
     images = updates * config.batch
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(images_per_second=round(images/seconds, 1), images_per_cpu_second=round(images/cpu, 1), updates=updates,
                 milliseconds={k: round(v, 3) for k, v in parts.items()}, update_milliseconds=round(1000*seconds/updates, 3),
-                peak_memory_gib=round(memory / 2**30, 3), parameters=sum(p.numel() for p in state.denoiser.parameters()),
+                peak_memory_gib=round(peak_memory(device) / 2**30, 3), parameters=sum(p.numel() for p in state.denoiser.parameters()),
                 forward_gflops_per_image=round(flops / 1e9, 4), training_tflops_per_second=round(3*flops*images/seconds / 1e12, 4))
 
 
@@ -92,13 +70,7 @@ if __name__ == "__main__":
     record = measure(config, T.load_data(config), device, args.updates)
     if args.peak_tflops: record["model_flop_utilisation"] = round(record["training_tflops_per_second"] / args.peak_tflops, 4)
     record |= dict(preset=args.preset, batch=config.batch, precision=config.precision, compile=config.compile, channels_last=config.channels_last,
-                   machine=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores",
-                   threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(), seed=config.seed,
-                   date=time.strftime("%Y-%m-%d"))
-    path = args.out or RESULTS / f"training_speed_{args.preset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(fd, "w") as file: json.dump(record, file, indent=1)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+                   machine=gpu_name() if device.type == "cuda" else f"{cpu_name()}, {cores()} cores",
+                   threads=torch.get_num_threads(), seed=config.seed, date=now(), **versions())
+    write_json(args.out or RESULTS / f"training_speed_{args.preset}.json", record)
     print(json.dumps(record, indent=1))
