@@ -9,18 +9,14 @@ Every part writes its own file in results/ after each setting, and a second run 
 """
 import argparse
 import json
-import os
-import platform
-import sys
 import time
 import zlib
 from base64 import b64decode, b64encode
-from datetime import date
 from pathlib import Path
 
 import torch
+from record import RESULTS, hardware_line, now, versions, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from edm_nb.checkpoints import load
 from edm_nb.data import cifar10, digits, one_hot, to_float, to_uint8
 from edm_nb.figures import save_png
@@ -29,25 +25,12 @@ from edm_nb.metrics import feature_stats, frechet_distance, pixels
 from edm_nb.ode_solvers import edm_sigmas
 from edm_nb.stochastic import Churn, SeededNoise, churn_gammas, langevin_states, sample, sample_sde, song_beta
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-
-
-def cpu_name():
-    "The processor's name, where the system tells."
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 class Record:
     "A result file that grows setting by setting and is whole at every moment."
 
     def __init__(self, path, about, fresh=False):
         self.path = path
-        header = {"about": about, "hardware": f"{cpu_name()}, 1 thread of {os.cpu_count()} cores", "date": date.today().isoformat(),
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+        header = {"about": about, "hardware": hardware_line(), "date": now(), "versions": versions()}
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not fresh else {}
         self.data = {**header, "results": old["results"] if old.get("about") == about else {}}
 
@@ -56,19 +39,8 @@ class Record:
         if key in self.data["results"]: return
         start = time.process_time()
         self.data["results"][key] = {**function(*args, **more), "cpu_seconds": round(time.process_time() - start, 2)}
-        self.save()
+        write_json(self.path, self.data)
         print(f"{self.path.name}: {key}  {self.data['results'][key]['cpu_seconds']} s", flush=True)
-
-    def save(self):
-        "Write beside, flush, rename."
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self.data, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
 
 # ---------------------------------------------------------------- Langevin

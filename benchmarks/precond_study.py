@@ -8,15 +8,12 @@ trained network is known without guessing. Every run has the same small MLP, the
 the same training noise, ln sigma uniform in 0.01..100, with lambda = 1/c_out². Only the thing named by the run differs.
 """
 import argparse
-import datetime
-import json
 import math
-import os
-import platform
 import time
 from pathlib import Path
 
 import torch
+from record import RESULTS, hardware_line, now, versions, write_json
 from torch import nn
 from torch.nn.functional import silu
 
@@ -35,7 +32,6 @@ from edm_nb.preconditioning import (
     vp_scalings,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 BLUR = 0.1
 
 
@@ -140,25 +136,6 @@ def evaluate(denoise, data, n, n_samples):
                 "samples": (samples[:16] * 127.5 + 128).clamp(0, 255).to(torch.uint8).tolist()}
 
 
-def write(path, result):
-    "Atomically: under a temporary name, synced, then renamed."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(result, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def cpu_name():
-    "The processor as Linux names it, else the architecture."
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main():
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,13 +144,12 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n", type=int, default=512, help="draws per noise level in the evaluation")
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/precond_study.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "precond_study.json")
     args = parser.parse_args()
     data = BlurredDigits()
     drawn = data.draw(200_000, torch.Generator().manual_seed(0))
     sigma_data = estimate_sigma_data(drawn.split(10_000)).std
-    result = {"date": datetime.date.today().isoformat(), "hardware": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seeds": list(range(args.seeds)),
+    result = {"date": now(), "hardware": hardware_line(), "versions": versions(), "seeds": list(range(args.seeds)),
                   "steps": args.steps, "batch": args.batch, "n": args.n, "n_samples": args.samples, "blur": BLUR, "sigma_data": sigma_data,
                   "parameters": sum(p.numel() for p in MLP().parameters()), "runs": {}}
     for name, settings in runs(sigma_data).items():
@@ -185,7 +161,7 @@ def main():
             print(f"{name:20s} seed {seed}  frechet {entries[-1]['frechet']:8.3f}  loss {losses[-1]:.4f}"
                   f"  {time.perf_counter() - started:.0f} s", flush=True)
         result["runs"][name] = entries
-        write(args.out, result)
+        write_json(args.out, result, indent=None)
 
 
 if __name__ == "__main__":
