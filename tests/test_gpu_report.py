@@ -1,38 +1,194 @@
 """The script that measures on a GPU runs in full at toy size on the CPU, so that it cannot rot between GPUs."""
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["correctness", "training", "sampling", "trials", "model", "study", "artefacts"]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_report as G  # noqa: E402
+
+from edm_nb import checkpoints  # noqa: E402
+
+STAGES = [stage.__name__ for stage in G.STAGES]
+TOY = ["--toy", "--device", "cpu", "--sample-batch", "8", "--trial-minutes", "0.01", "--minutes", "0.05", "--marks", "0.001", "0.002"]
 
 
-def report(out, *arguments):
-    return subprocess.run([sys.executable, ROOT / "benchmarks/gpu_report.py", "--toy", "--device", "cpu", "--out", out,
-                           "--sample-batch", "16", "--trial-minutes", "0.01", "--minutes", "0.05", *arguments],
+def script(out, *arguments):
+    return subprocess.run([sys.executable, ROOT / "benchmarks/gpu_report.py", *TOY, "--out", out, *arguments],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def report(out, *arguments):
+    return G.Report(G.parse([*TOY, "--out", str(out), *arguments]))
+
+
 def test_every_stage_at_toy_size(tmp_path):
-    done = report(tmp_path)
+    done = script(tmp_path / "out", "--bundle", tmp_path / "packed", "--part-mb", "0.1")
     assert done.returncode == 0, done.stderr[-3000:]
-    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STAGES}
-    assert all(result["toy"] and result["environment"]["date"] for result in results.values())
+    out = tmp_path / "out"
+    results = {name: json.loads((out / f"{name}.json").read_text()) for name in STAGES}
+    assert all(result["toy"] and result["environment"]["date"] and result["settings"]["seed"] == 0 for result in results.values())
+    rows = {name: result.get("rows", []) for name, result in results.items()}
+    assert all(G.good(found) == found for found in rows.values()), rows
     correct = results["correctness"]
     assert correct["passed"] and all(correct["errors"][k] < correct["limits"][k] for k in correct["errors"])
-    assert len(results["training"]["rows"]) == 3 and results["training"]["speedup"] > 0
-    assert {row["weights"] for row in results["model"]["rows"]} == {"raw", "ema"}
-    assert results["model"]["train_test_floor"] > 0
-    assert {row["what"] for row in results["study"]["rows"]} == {"solver", "row", "churn"}
-    for name in ("samples.png", "neighbours.png", "langevin.png", "weights.safetensors"):
-        assert (tmp_path / name).stat().st_size > 100
-    again = report(tmp_path)
+    assert {"ddpmpp gradient bf16", "sampler with churn", "augmentation fp32"} <= set(correct["errors"])
+    assert [row["variant"] for row in rows["training"]] == list(G.VARIANTS) and results["training"]["speedup"] > 0
+    assert {row["variant"] for row in rows["sampling"]} == {"eager", "compiled"} and not results["sampling"]["compile_errors"]
+    assert set(results["trials"]["rows"][0]["distances"]) == {str(share) for share in G.EMA_SHARES}
+    assert {row["what"] for row in rows["study"]} == {"solver", "row", "churn"}
+    assert all(len(row["points"]) == 3 for row in rows["artefacts"])
+    for name in ("samples.png", "neighbours.png", "weights.safetensors", *(row["file"] for row in rows["artefacts"])):
+        assert (out / name).stat().st_size > 100
+    assert not list(out.glob("*.partial.json"))
+    again = script(out)
     assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES)
+    parts = sorted((tmp_path / "packed").iterdir())
+    assert len(parts) > 1 and all(part.stat().st_size <= 0.1 * 2**20 for part in parts)
+    packed = tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts)))
+    assert set(packed.getnames()) == {path.name for path in out.iterdir() if path.is_file()}
+    assert packed.extractfile("weights.safetensors").read() == (out / "weights.safetensors").read_bytes()
+
+
+def test_the_model_is_measured_as_the_book_needs_it(tmp_path):
+    run = report(tmp_path)
+    G.write_json(tmp_path / "trials.json", dict(best="lr 2e-3", ema_share=0.2))
+    result = run.run(G.model)
+    assert result["chosen"] == "lr 2e-3" and result["config"]["lr"] == G.TRIALS["lr 2e-3"]["lr"] and result["config"]["ema_rampup"] == 0.2
+    rows = {(row["minutes"], row["weights"], row["churn"], row["n"]): row for row in result["rows"]}
+    last, best = 0.05, result["best_churn"]
+    assert {(m, w, "none", 8) for m in (0.001, 0.002, last) for w in ("ema", "raw")} <= set(rows)
+    assert {(last, "ema", "none", 16), (last, "ema", best, 16), (last, "shipped", "none", 8)} <= set(rows) and best != "none"
+    assert rows[last, "ema", best, 8]["distance"] == min(r["distance"] for r in rows.values() if r["churn"] != "none" and r["n"] == 8)
+    assert rows[last, "ema", "none", 8]["distance"] != rows[last, "raw", "none", 8]["distance"]      # else the two were mixed up
+    assert rows[0.001, "ema", "none", 8]["images"] < rows[last, "ema", "none", 8]["images"] == 96
+    assert result["train_test_floor"] > 0 and result["floor_n"] == 256 and result["weights_fit"]
+    assert result["features"] == "cifar-features" and len(result["features_hash"]) == 64 and result["reference_hash"]
+    assert [line["images"] for line in result["curve"]] == list(range(16, 97, 16))
+    kept = checkpoints.load(tmp_path / "weights.safetensors")
+    assert next(kept.parameters()).dtype == torch.bfloat16
+    assert checkpoints.read_config(tmp_path / "weights.safetensors")["extra"]["toy"]
+
+
+def test_a_distance_comes_again_and_does_not_know_how_many_follow(tmp_path):
+    run = report(tmp_path)
+    denoise = G.Preconditioned(G.build_network(G.training_config(run).network | dict(resolution=32, channels=3, label_dim=10))).eval()
+    draw = lambda n: torch.cat(list(run.draw(denoise, n, G.edm_sigmas(2), G.Churn(1))))  # noqa: E731
+    few = draw(16)
+    assert torch.equal(few, draw(24)[:16]) and not torch.equal(few[:8], few[8:])
+
+
+def test_rows_survive_a_call_that_was_cut_off(tmp_path):
+    run, cells, calls = report(tmp_path), [dict(k=k) for k in range(4)], []
+
+    def measure(cell):
+        calls.append(cell["k"])
+        if cell["k"] == 2: run.call_end = 0
+        return dict(square=cell["k"]**2)
+    with pytest.raises(G.OutOfTime): run.rows("study", cells, measure)
+    run = report(tmp_path)
+    assert [row["square"] for row in run.rows("study", cells, measure)] == [0, 1, 4, 9] and calls == [0, 1, 2, 3]
+    other = report(tmp_path, "--study-samples", "77")      # other settings: nothing of it may be kept
+    other.rows("study", cells[:2], measure)
+    assert calls[4:] == [0, 1]
+
+
+def test_a_row_that_fails_and_a_row_without_time_are_recorded(tmp_path):
+    run = report(tmp_path)
+
+    def measure(cell):
+        if cell["k"] == 0: raise ValueError("no such kernel")
+        run.stage_end = 0
+        return dict(value=1)
+    rows = run.rows("study", [dict(k=0), dict(k=1), dict(k=2)], measure)
+    assert "no such kernel" in rows[0]["failed"] and rows[1] == dict(k=1, value=1) and "skipped" in rows[2]
+    assert G.good(rows) == [rows[1]]
+
+
+def test_redo_measures_what_was_left_out_and_no_more(tmp_path):
+    seen = []
+
+    def study(run):
+        return dict(rows=run.rows("study", [dict(k=k) for k in range(3)], lambda cell: seen.append(cell["k"]) or dict(ok=True)))
+    run = report(tmp_path, "--limit", "study=0")
+    assert all("skipped" in row for row in run.run(study)["rows"]) and seen == []
+    run = report(tmp_path)
+    assert all("skipped" in row for row in run.run(study)["rows"])       # done before
+    run = report(tmp_path, "--redo", "study")
+    assert len(G.good(run.run(study)["rows"])) == 3 and seen == [0, 1, 2]
+    assert not (tmp_path / "study.partial.json").exists()
+
+
+def test_a_training_goes_on_and_its_snapshots_stay(tmp_path, monkeypatch):
+    run, folder = report(tmp_path), tmp_path / "run"
+    _, config = G.plan(run, folder)
+    taken = list(G.snapshots(run, folder).values())
+    save = G.snapshot
+
+    def stop_after_the_first(state, where, seconds):
+        save(state, where, seconds)
+        run.call_end = 0
+    monkeypatch.setattr(G, "snapshot", stop_after_the_first)
+    run.args.marks, run.args.minutes = [1e-9], 1e9          # the first record, and the end of the images
+    with pytest.raises(G.OutOfTime): G.train_model(run, config, folder)
+    taken = list(G.snapshots(run, folder).values())
+    before, images = (taken[0] / "ema.safetensors").read_bytes(), checkpoints.read_config(taken[0] / "ema.safetensors")["extra"]["images"]
+    assert images < 96 and not taken[1].exists()
+    monkeypatch.setattr(G, "snapshot", save)
+    run.call_end = time.monotonic() + 600
+    G.train_model(run, config, folder)
+    assert (taken[0] / "ema.safetensors").read_bytes() == before
+    assert checkpoints.read_config(taken[1] / "ema.safetensors")["extra"]["images"] == 96
+    log = [json.loads(line)["images"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log == sorted(set(log)) and log[-1] == 96        # went on: no image twice
+    G.train_model(run, config, folder)                      # nothing is missing: nothing happens
+
+
+def test_what_is_trained_is_decided_once(tmp_path):
+    run = report(tmp_path)
+    assert G.plan(run, tmp_path / "a")[0]["chosen"] == "preset"
+    G.write_json(tmp_path / "trials.json", dict(best="lr 2e-3", ema_share=0.1))
+    assert G.plan(run, tmp_path / "a")[0]["chosen"] == "preset"
+    chosen, config = G.plan(run, tmp_path / "b")
+    assert chosen["chosen"] == "lr 2e-3" and config.ema_rampup == 0.1
+
+
+def test_without_a_compiler_it_runs_and_says_so(tmp_path, monkeypatch):
+    def broken(*arguments, **options): raise RuntimeError("no compiler here")
+    run = report(tmp_path)
+    monkeypatch.setattr(torch, "compile", broken)
+    denoise = G.Preconditioned(G.build_network(G.training_config(run).network | dict(resolution=32, channels=3, label_dim=10))).eval()
+    assert run.fast(denoise) is denoise and "no compiler here" in run.compile_errors[0]
+    config, _ = G.can_compile(run, G.dataclasses.replace(G.model_config(run), compile=True), run.data("train"))
+    assert config.compile is False and len(run.compile_errors) == 2
+    rows = run.run(G.sampling)["rows"]
+    assert "failed" in next(row for row in rows if row["variant"] == "compiled") and "failed" not in next(row for row in rows if row["variant"] == "eager")
+    assert json.loads((tmp_path / "sampling.json").read_text())["compile_errors"]
+
+
+def test_an_error_beyond_its_limit_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(G, "limit_of", lambda name: 0.0 if name == "augmentation fp32" else 1.0)
+    result = report(tmp_path).run(G.correctness)
+    assert not result["passed"] and result["failed"] == ["augmentation fp32"]
+
+
+def test_a_short_call_ends_with_3_and_goes_on(tmp_path):
+    early = script(tmp_path, "--stages", "trials", "--stop-after", "0.001", "--bundle", tmp_path / "packed")
+    assert early.returncode == 3 and "out of time" in early.stdout and list((tmp_path / "packed").iterdir()), early.stderr[-2000:]
+    assert not (tmp_path / "trials.json").exists()
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "benchmarks/gpu_report.py", "--device", "cpu", "--out", tmp_path],
                           capture_output=True, text=True)
     assert done.returncode != 0 and "--toy" in done.stderr
+    wrong = script(tmp_path, "--limit", "stdy=3")
+    assert wrong.returncode == 2 and "study" in wrong.stderr
