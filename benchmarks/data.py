@@ -6,27 +6,20 @@ Wall-clock and processor seconds are both kept: on a machine that does other wor
 """
 import argparse
 import io
-import json
 import os
-import platform
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 import zipfile
-from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+import torchvision
+import torchvision.io  # noqa: F401
+from record import RESULTS, clock, cores, cpu_name, load, now, timed, versions, write_json
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torchvision  # noqa: E402
-import torchvision.io  # noqa: E402,F401
-
-from edm_nb import __version__, data  # noqa: E402
+from edm_nb import __version__, data
 
 
 def pil_loop(path):
@@ -37,30 +30,16 @@ def pil_loop(path):
         return torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names])).permute(0, 3, 1, 2)
 
 
-def timed(action):
-    "Wall-clock seconds, processor seconds, result."
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = action()
-    return time.perf_counter() - wall, time.process_time() - cpu, result
-
-
 def first_load(path, workers):
     "With an empty cache: hash, decode, write, map."
     shutil.rmtree(os.environ["EDM_NB_CACHE"], ignore_errors=True)
     return data.load_images(path, workers=workers)
 
 
-def summary(name, ours, runs):
-    "One row of the table."
-    walls, cpus = [r[0] for r in runs], [r[1] for r in runs]
-    return dict(name=name, ours=ours, n=len(runs), seconds=statistics.median(walls), min=min(walls), max=max(walls),
-                cpu_seconds=statistics.median(cpus), cpu_min=min(cpus), cpu_max=max(cpus))
-
-
 def sampling(image_set, batch=512, batches=100, seed=0):
     "Images per second when random batches are taken from the map and turned into floats."
     stream = data.IndexStream(len(image_set), seed)
-    wall, cpu, _ = timed(lambda: [data.to_float(image_set.images[stream.next(batch)]) for _ in range(batches)])
+    wall, cpu, _ = clock(lambda: [data.to_float(image_set.images[stream.next(batch)]) for _ in range(batches)])
     return dict(batch=batch, n=batches, images_per_second=batch * batches / wall, images_per_cpu_second=batch * batches / cpu)
 
 
@@ -68,35 +47,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, default=os.environ.get("EDM_NB_CIFAR10"), help="EDM-format zip (default: EDM_NB_CIFAR10)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT/"results/bench_data.json")
+    parser.add_argument("--out", type=Path, default=RESULTS/"bench_data.json")
     args = parser.parse_args()
     if not args.path:
         sys.exit("benchmarks/data.py: no data; set EDM_NB_CIFAR10 to an EDM-format zip or pass --path")
     torch.set_num_threads(1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["EDM_NB_CACHE"] = str(Path(folder)/"cache")
         reference = pil_loop(args.path)
         ways = [("PIL in a loop", False, lambda: pil_loop(args.path)),
                 ("first load, 1 thread", True, lambda: first_load(args.path, 1)),
-                (f"first load, {cores} threads", True, lambda: first_load(args.path, cores)),
+                (f"first load, {cores()} threads", True, lambda: first_load(args.path, cores())),
                 ("cached load", True, lambda: data.load_images(args.path))]
         rows = []
         for name, ours, action in ways:
-            runs = [timed(action) for _ in range(args.repeats)]
-            found = runs[-1][2]
-            assert torch.equal(found.images if ours else found, reference), f"{name}: other pixels"
-            rows.append(summary(name, ours, runs))
+            times = timed({name: action}, args.repeats, warmup=0)[name]
+            assert torch.equal(times.result.images if ours else times.result, reference), f"{name}: other pixels"
+            found = times.summary()
+            rows.append(dict(name=name, ours=ours, seconds=found.pop("median"), cpu_seconds=found.pop("cpu_median"), **found))
             print(f"{name:24s} {rows[-1]['seconds']:7.2f} s wall   {rows[-1]['cpu_seconds']:7.2f} s processor", flush=True)
         record = dict(what="loading an EDM-format zip into uint8 [N, 3, 32, 32]", n_images=len(reference), file=args.path.name,
                       file_bytes=args.path.stat().st_size, loading=rows, sampling=sampling(data.load_images(args.path)), seed=0,
-                      hardware=dict(machine=platform.machine(), cores=cores, load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None),
-                      versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, edm_nb=__version__),
-                      date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, args.out)
+                      hardware=dict(machine=cpu_name(), cores=cores(), load_average=load()),
+                      versions=versions() | dict(torchvision=torchvision.__version__, edm_nb=__version__), date=now())
+    write_json(args.out, record)
     print(f"random batches from the map: {record['sampling']['images_per_second']:,.0f} images/s\nwrote {args.out}")
 
 

@@ -10,20 +10,12 @@ Error: largest absolute difference to the naive float64 version, which forms eve
 kinds: noisy training images, noisy test-like images (held out), and points near the midpoint of two images.
 """
 import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+from record import RESULTS, cores, cpu_name, load, now, spread, timed, versions, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 from edm_nb.data import cifar10, to_float
 from edm_nb.framework import IdealDenoiser
 
@@ -67,34 +59,9 @@ def queries(images, held_out, sigma, generator):
     return clean + sigma * noise
 
 
-def timed(versions, repeats):
-    "Alternating runs: version -> list of seconds of wall time and of processor time."
-    wall, busy = {name: [] for name in versions}, {name: [] for name in versions}
-    for run in range(repeats + 1):
-        for name, call in versions.items():
-            start, cpu = time.perf_counter(), time.process_time()
-            call()
-            if run:   # the first round warms up
-                wall[name].append(time.perf_counter() - start)
-                busy[name].append(time.process_time() - cpu)
-    return {name: dict(median_s=statistics.median(wall[name]), min_s=min(wall[name]), max_s=max(wall[name]),
-                       median_cpu_s=statistics.median(busy[name]), min_cpu_s=min(busy[name]), max_cpu_s=max(busy[name])) for name in versions}
-
-
-def cpu_name():
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def seconds(functions, repeats):
+    "Name -> median, min and max of wall time and of processor time, in alternating runs."
+    return {name: spread(times.wall, "_s") | spread(times.cpu, "_cpu_s") for name, times in timed(functions, repeats).items()}
 
 
 def main():
@@ -105,7 +72,7 @@ def main():
     parser.add_argument("--naive-queries", type=int, default=1, help="queries on which the naive version is timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/bench_ideal_denoiser.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_ideal_denoiser.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -123,12 +90,12 @@ def main():
     for sigma in (10., 0.5):
         x = held_out + sigma * torch.randn(held_out.shape, generator=generator)
         some = x[:args.naive_queries]
-        times[sigma] = timed({
+        times[sigma] = seconds({
             "IdealDenoiser": lambda: ideal(x, sigma),
             "float32 products (not refined)": lambda: float32_products(x, sigma, Y, norms32),
             "float64 products": lambda: float64_products(x, sigma, Y, norms64),
             "torch.cdist, float32": lambda: cdist(x, sigma, Y)}, args.repeats)
-        slow = timed({"naive": lambda: naive(some, sigma, Y)}, 2)["naive"]
+        slow = seconds({"naive": lambda: naive(some, sigma, Y)}, 2)["naive"]
         times[sigma]["naive float64 (scaled from fewer queries)"] = {k: v * len(x) / len(some) for k, v in slow.items()}
         print(sigma, {name: (round(v["median_cpu_s"], 3), round(v["median_s"], 3)) for name, v in times[sigma].items()}, flush=True)
 
@@ -139,8 +106,8 @@ def main():
         data=f"{found.name} ({len(Y):,} training images; queries from the test set)", n_images=len(Y), queries=args.queries,
         time=times[10.], time_sigma_05=times[0.5], timed_sigma=10.0, setup_s=setup, repeats=args.repeats, naive_queries=args.naive_queries,
         sigmas=[], errors=[], error_queries=3 * KIND, max_error=None, complete=not levels,
-        seed=args.seed, threads=torch.get_num_threads(), hardware=f"{cpu_name()}, {os.cpu_count()} cores", date=datetime.date.today().isoformat(),
-        load_average=os.getloadavg()[0], versions=dict(torch=torch.__version__, python=platform.python_version()))
+        seed=args.seed, threads=torch.get_num_threads(), hardware=f"{cpu_name()}, {cores()} cores", date=now(),
+        load_average=load(), versions=versions())
     # from both ends and the middle inwards, so that a run which is cut short still covers the range
     order = sorted(range(len(levels)), key=lambda i: (i % 3 != 0, i % 3 != 1, i))
     for done, i in enumerate(order):
