@@ -10,13 +10,11 @@ import argparse
 import copy
 import dataclasses
 import json
-import os
-import platform
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+from record import RESULTS, cores, cpu_name, now, versions, write_json
 
 from edm_nb.data import book_images, digits, one_hot, to_uint8
 from edm_nb.framework import LINEAR, VE, vp_schedule
@@ -24,25 +22,9 @@ from edm_nb.metrics import feature_stats, frechet_distance, pixels
 from edm_nb.ode_solvers import edm_sigmas, euler, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.training import EMA, TrainConfig, ema_beta, ema_denoiser, ladder, shrink, table_1_rows, train
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-
-
-def write_json(path, value):
-    "Whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(fd, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name, path)
-
-
 def describe_machine():
-    "What the numbers were measured on."
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return dict(machine=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
-                python=platform.python_version())
+    "What the numbers were measured on; all trainings run on the CPU."
+    return dict(machine=cpu_name(), cores=cores(), threads=torch.get_num_threads(), **versions())
 
 
 def draw(denoiser, data, n, steps=10, seed=1000, sigmas=None, **sampler):
@@ -165,7 +147,7 @@ def work_through(jobs, path, about, seeds):
             key = key | dict(seed=seed)
             if any(all(r.get(k) == v for k, v in key.items()) for r in result["runs"]): continue
             numbers = job_of()
-            result["runs"].append(key | numbers | dict(config=dataclasses.asdict(config), date=time.strftime("%Y-%m-%d"),
+            result["runs"].append(key | numbers | dict(config=dataclasses.asdict(config), date=now(),
                                                        hardware=describe_machine()))
             write_json(path, result)
             print(json.dumps(key), {k: v for k, v in numbers.items() if k in ("distance", "own_distance", "distances", "loss", "orientation",

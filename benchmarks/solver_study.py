@@ -8,10 +8,10 @@ not differences of luck. Distance: Fréchet distance between the pixel statistic
 digits data set. Truncation error: rms difference per pixel from the same method's ODE solved with 96 Heun steps, on 16
 samples of the first seed. About five minutes on one core.
 """
-import argparse, datetime, hashlib, json, os, platform, sys, tempfile, time
+import argparse, json, time
 from pathlib import Path
 import torch
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from record import RESULTS, hardware, now, versions, write_json
 from edm_nb import checkpoints, metrics
 from edm_nb.data import digits, to_float, to_uint8
 from edm_nb.framework import LINEAR, VE, vp_schedule
@@ -125,29 +125,11 @@ def study_inversion(denoise, images, cond, counts=(6, 9, 18, 36)):
     return dict(steps=list(counts), Heun=[trip(k, heun) for k in counts], Euler=[trip(k, euler) for k in counts])
 
 
-def cpu_name():
-    "The processor's model, where the system tells."
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError: return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write_json(path, record):
-    "Atomic: a reader sees the old file or the new one."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(record, file, indent=1)
-        file.flush(); os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)                       # temporary files are private, results are not
-    os.replace(file.name, path)
-
-
 @torch.no_grad()
 def main():
-    root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=root / "results" / "models" / "digits.safetensors")
-    parser.add_argument("--out", type=Path, default=root / "results" / "solver_study.json")
+    parser.add_argument("--model", type=Path, default=RESULTS / "models" / "digits.safetensors")
+    parser.add_argument("--out", type=Path, default=RESULTS / "solver_study.json")
     parser.add_argument("--samples", type=int, default=200, help="samples per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -164,7 +146,7 @@ def main():
     draws = [between(stats(torch.randperm(len(data), generator=generator)[:args.samples]), reference) for _ in range(20)]
     settings = dict(
         task="digits, class-conditional network, Fréchet distance of pixel statistics, float64 state", model=args.model.name,
-        model_sha256=hashlib.sha256(args.model.read_bytes()).hexdigest(), samples=args.samples, seeds=args.seeds, rk45_cap=RK45_CAP)
+        model_sha256=checkpoints.sha256(args.model), samples=args.samples, seeds=args.seeds, rk45_cap=RK45_CAP)
     old = json.loads(args.out.read_text()) if args.out.exists() else {}
     if any(old.get(k) != v for k, v in settings.items()): old = {}       # another study: start afresh
     record = dict(old) or dict(
@@ -173,8 +155,7 @@ def main():
         draws_of_the_data=dict(n=args.samples, repeats=len(draws), distances=draws),
         local_error=study_local_error(denoise, shape, 16), final_error=study_final_error(denoise, shape, 16),
         inversion=study_inversion(denoise, to_float(data.images[chosen]).double(), cond), methods=[],
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        hardware=dict(cpu=cpu_name(), cores=os.cpu_count()), versions=dict(torch=torch.__version__, python=platform.python_version()))
+        date=now(), hardware=hardware(), versions=versions())
     before, done = record["seconds"], {(r["method"], r["seed"], r.get("steps", r.get("tolerance"))) for r in record["methods"]}
     for seed in args.seeds:
         for new in study_methods(denoise, shape, reference, features, seed, args.samples, 16 if seed == args.seeds[0] else 0, done):

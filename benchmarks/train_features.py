@@ -11,42 +11,22 @@ shipped network is convolution + GELU and nothing that depends on the batch. Wri
 
 A checkpoint after every epoch makes the run resumable: start the same command again and it goes on.
 """
-import argparse, copy, hashlib, json, math, os, platform, tempfile, time
-from datetime import date
+import argparse, copy, hashlib, json, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from record import ROOT, gpu_name, hardware_line, now, versions, write_json
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from edm_nb.checkpoints import sha256
 from edm_nb.data import load_images
+from edm_nb.files import write_atomic
 
-ASSETS = Path(__file__).resolve().parent.parent / "edm_nb" / "assets"
+ASSETS = ROOT / "edm_nb" / "assets"
 WIDTHS = (64, 128, 256)
 WHITE = 24                      # channels of the whitening layer
-
-
-def sha256(path):
-    "Hash of a file, read in pieces."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20): digest.update(piece)
-    return digest.hexdigest()
-
-
-def write_atomic(path, content):
-    "Temporary file, fsync, rename."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content); file.flush(); os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def to_float(images):
@@ -187,8 +167,7 @@ def train(args):
         seconds += time.perf_counter() - clock
         print(f"epoch {epoch + 1}/{args.epochs + args.second}  loss {sum(losses)/len(losses):.4f}  {seconds:.0f} s", flush=True)
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimiser=optimiser.state_dict(), epoch=epoch + 1, seconds=seconds)
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, str(checkpoint) + ".tmp"); os.replace(str(checkpoint) + ".tmp", checkpoint)
+        write_atomic(checkpoint, lambda file: torch.save(state, file))
         if args.max_steps and step >= args.max_steps: break
     return recalibrate(ema.float(), images, device), seconds, len(images)
 
@@ -199,14 +178,6 @@ def learning_rate(step, per_epoch, args):
     at, total, peak = (step, first, args.lr) if step < first else (step - first, second, args.lr/2)
     warm = max(1, int(0.2*total))
     return peak*(at/warm if at < warm else (total - at)/(total - warm))
-
-
-def hardware(device):
-    "What the run was on, in words."
-    if device == "cuda": return torch.cuda.get_device_name()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine()) \
-        if os.path.exists("/proc/cpuinfo") else platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads"
 
 
 def main():
@@ -235,14 +206,14 @@ def main():
         name="cifar-features", test_accuracy=accuracy(shipped.logits, test.images, test.labels),
         test_accuracy_flip_averaged=accuracy(lambda u8: shipped.logits(u8) + shipped.logits(u8.flip(3)), test.images, test.labels),
         test_accuracy_before_folding_and_fp16=exact, n_train=n_train, n_test=len(test.images), feature_dim=CifarFeatures.dim,
-        parameters=sum(v.numel() for v in tensors.values()), seed=args.seed, seconds=round(seconds), hardware=hardware(args.device),
+        parameters=sum(v.numel() for v in tensors.values()), seed=args.seed, seconds=round(seconds), hardware=gpu_name() if args.device.startswith("cuda") else hardware_line(),
         settings={k: getattr(args, k) for k in ("epochs", "second", "batch", "lr", "weight_decay", "ema", "shift", "bf16", "limit")},
         data=dict(train=dict(file=Path(args.train).name, sha256=sha256(args.train)), test=dict(file=Path(args.test).name, sha256=sha256(args.test)),
                   note="CIFAR-10 stored as JPEG (quality 75, 4:2:0): not bit-identical to the original images"),
-        versions=dict(python=platform.python_version(), torch=torch.__version__), date=date.today().isoformat(),
+        versions=versions(), date=now(),
         sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), licence="Apache-2.0")
-    write_atomic(Path(args.out)/"cifar_features.safetensors", content)
-    write_atomic(Path(args.out)/"cifar_features.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(Path(args.out)/"cifar_features.safetensors", lambda file: file.write_bytes(content))
+    write_json(Path(args.out)/"cifar_features.json", record)
     print(json.dumps(record, indent=1))
 
 
