@@ -451,7 +451,7 @@ def plan(report, folder):
 def snapshots(report, folder):
     "Minutes → folder of the snapshot, in order; the last one ends the training."
     minutes = sorted({m for m in report.args.marks if m < report.args.minutes} | {report.args.minutes})
-    return {m: folder / f"snapshot-{60 * m:07.1f}" for m in minutes}
+    return {m: folder / f"snapshot-{60 * m:010.4f}" for m in minutes}
 
 
 def snapshot(state, where, seconds):
