@@ -1,6 +1,6 @@
 """Everything that the book owes a GPU, in one resumable run.
 
-    python benchmarks/gpu_report.py --data cifar10-train.zip --test cifar10-test.zip        # one CUDA machine, about 35 minutes
+    python benchmarks/gpu_report.py --data cifar10-train.zip --test cifar10-test.zip        # one CUDA machine, about 40 minutes
     python benchmarks/gpu_report.py --toy --device cpu --out /tmp/report                    # the same code at toy size
 
 Each stage writes its own file under --out (default results/gpu) as it ends, with hardware, versions, seed and date. In the
@@ -18,7 +18,9 @@ Time. A stage starts no new row after its limit (LIMITS, --limit study=600) and 
 measures those and keeps the others. A machine that is lent in short calls gets --stop-after SECONDS: the script then ends
 with exit code 3 between two rows, at most about three minutes late, and the same command goes on where it stopped, inside a training
 too. A stage whose file is there is not run again. A stage or row that fails is recorded and the rest still runs; the exit
-code is 1. --bundle FOLDER packs what is to be kept into parts of at most --part-mb each: `cat FOLDER/report.tar.* | tar x`.
+code is 1. The first four stages take about 25 minutes and the other three about 15 (estimates, until a run has measured them);
+the latter need nothing of the former but weights.safetensors, so they may run on another day, on another machine.
+--bundle FOLDER packs what is to be kept into parts of at most --part-mb each: `cat FOLDER/report.tar.* | tar x`.
 
 The distance is `cifar-features`, never an FID, and the images it is measured against may be JPEG-recoded: it compares with
 other numbers of this report only.
@@ -517,9 +519,12 @@ def model(report):
     cells += [cell(last, "ema", best, many)] if best else []
     cells += [cell(m, "raw") for m in taken] + [cell(last, "shipped")]
     rows = report.rows("model", cells, measure)
+    measured = good(rows)
+    trained_for = max((row["train_seconds"] for row in measured), default=None)
+    spent = dict(training=trained_for, sampling_and_measuring=round(sum(row["seconds"] for row in measured), 1), compiling=compiling)
     floor, reference = report.stats(report.data("test").images.split(500)), report.reference()
     log = folder / "log.jsonl"
-    return dict(config=dataclasses.asdict(config), **chosen, rows=rows, best_churn=best, compile_seconds=compiling,
+    return dict(config=dataclasses.asdict(config), **chosen, rows=rows, best_churn=best, gpu_seconds=spent, target=dict(gpu_seconds=1200),
                 curve=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
                 budget_minutes=report.args.minutes, sample_batch=report.args.sample_batch, steps=18,
                 train_test_floor=frechet_distance(floor.mean, floor.cov, reference.mean, reference.cov),
@@ -789,6 +794,7 @@ def main():
     args = parse()
     if torch.device(args.device).type != "cuda" and not args.toy:
         sys.exit("gpu_report.py: no CUDA device; add --toy to rehearse the same code at toy size on the CPU")
+    torch.backends.cudnn.benchmark = True                      # all shapes are fixed: let cuDNN try its algorithms once
     torch._dynamo.config.automatic_dynamic_shapes = False      # one graph per shape: a second batch size must not slow the first
     torch._dynamo.config.recompile_limit = 64                  # past the limit code would run eagerly, with no more than a warning
     torch.manual_seed(args.seed)

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -76,6 +77,11 @@ def test_the_model_is_measured_as_the_book_needs_it(tmp_path):
     kept = checkpoints.load(tmp_path / "weights.safetensors")
     assert next(kept.parameters()).dtype == torch.bfloat16
     assert checkpoints.read_config(tmp_path / "weights.safetensors")["extra"]["toy"]
+    assert result["gpu_seconds"]["sampling_and_measuring"] == pytest.approx(sum(row["seconds"] for row in rows.values()))
+    assert G.trained(run)[1] == "ema"
+    shutil.rmtree(tmp_path / "run")          # another machine, another day
+    denoise, source = G.trained(run)
+    assert source == "weights" and next(denoise.parameters()).dtype == torch.float32
 
 
 def test_a_distance_comes_again_and_does_not_know_how_many_follow(tmp_path):
