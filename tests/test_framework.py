@@ -386,6 +386,7 @@ def test_song_vp_and_ve_and_ddim_are_euler():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_ideal_denoiser_on_cuda_even_with_tf32():
     Y = images(5000, (3, 32, 32))
     x = Y[:8].double() + 3 * rand(8, 3, 32, 32)
