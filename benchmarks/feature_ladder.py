@@ -1,23 +1,22 @@
 """Does `cifar-features` behave like a distance? Noise, blur, JPEG, missing and unequal classes in growing levels; the floor; bias against n.
 
-    EDM_NB_CIFAR10=TRAIN.zip python benchmarks/feature_ladder.py [--n 1200] [--repeats 3]
+    EDM_NB_CIFAR10=TRAIN.zip python benchmarks/feature_ladder.py [--n 5000] [--repeats 3]
 
-Damaged training images are compared with the statistics of the whole test set; subsets differ between repetitions. Writes
-results/feature_ladder.json.
+Damaged training images are compared with the statistics of the whole test set; subsets differ between repetitions. The images
+are stored as JPEG of quality 75, so the JPEG ladder moves the grid of blocks by half a block, and a finer curve compares
+it with the same grid. Writes results/feature_ladder.json.
 """
-import argparse, json, os, platform, time
-from datetime import date
-from pathlib import Path
+import argparse, json, time
 
 import numpy as np
 import torch
 
+from record import RESULTS, hardware_line, now, versions, write_json
 from edm_nb import metrics
-from edm_nb.files import write_atomic
 from edm_nb.data import cifar10
 
-ROOT = Path(__file__).resolve().parent.parent
-NOISE, BLUR, QUALITY = (0.02, 0.04, 0.08, 0.16, 0.32), (0.5, 0.8, 1.2, 2.0), (50, 25, 12, 5)
+NOISE, BLUR, QUALITY = (0.02, 0.04, 0.08, 0.16, 0.32), (0.5, 0.8, 1.2, 2.0), (75, 50, 25, 12, 5)
+QUALITIES, JPEG_N = (95, 75, 60, 50, 40, 33, 25, 18, 12, 8, 5), 2000
 MISSING, UNEQUAL = (1, 2, 4, 6), (2, 4, 8, 16)      # classes left out; ratio of the largest to the smallest class
 
 
@@ -33,9 +32,9 @@ def summary(values, level, unit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=1200); parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--pool", type=int, default=10_000, help="training images to draw from"); parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default=str(ROOT/"results"/"feature_ladder.json"))
+    parser.add_argument("--n", type=int, default=5000); parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pool", type=int, default=50_000, help="training images to draw from"); parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default=RESULTS/"feature_ladder.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start, cpu_start, network = time.perf_counter(), time.process_time(), metrics.cifar_features()
@@ -63,10 +62,15 @@ def main():
     ladders = {
         "noise": images_ladder(NOISE, "std / 255", metrics.add_noise),
         "blur": images_ladder(BLUR, "std (pixels)", lambda images, level, g: metrics.blur(images, level)),
-        "JPEG": images_ladder(QUALITY, "quality (0: untouched)", lambda images, level, g: metrics.jpeg(images, level)),
+        "JPEG": images_ladder(QUALITY, "quality", lambda images, level, g: metrics.jpeg(images, level, offset=4)),
         "missing classes": classes_ladder(MISSING, "classes left out", lambda k: [0]*k + [1]*(10 - k)),
         "unequal classes": classes_ladder(UNEQUAL, "largest/smallest class", lambda r: [r**(-c/9) for c in range(10)])}
-    sizes = [s for s in (500, 700, 1000, 1500, 2500, 5000) if s <= len(pool)]
+    few = [index[torch.randperm(len(index), generator=g)[:JPEG_N]] for index, g in zip(subsets, generators)]
+    curve = lambda offset: [dict(quality=q) | {k: v for k, v in summary([score(metrics.extract(metrics.jpeg(train.images[i], q, offset), network))
+                            for i in few], q, "quality").items() if k in ("mean", "std", "values")} for q in QUALITIES]
+    jpeg = dict(n=len(few[0]), untouched=float(np.mean([score(pool[i]) for i in few])), offsets={offset: curve(offset) for offset in (0, 4)})
+    print("JPEG", json.dumps(jpeg), flush=True)
+    sizes = [s for s in (500, 700, 1000, 1500, 2500, 5000, 10_000, 20_000) if s <= len(pool)]
     bias = [metrics.subset_distances(pool, reference, sizes, g) for g in generators]
     halves = torch.randperm(len(reference_features), generator=generators[0])
     half = len(halves)//2
@@ -74,11 +78,10 @@ def main():
     kid = metrics.kid(pool[subsets[0]], reference_features[:args.n])
     kinds = {name: metrics.rank_correlation(range(len(steps)), [s["mean"] for s in steps]) for name, steps in ladders.items()}
     record = dict(features=network.name, features_hash=network.hash, data="CIFAR-10 as stored (see the training record)", n=args.n, repeats=args.repeats,
-                  reference="test set", reference_n=len(test), kinds=ladders, rank_correlation=kinds, floor=floor, halves_of_test=dict(n=half, value=among),
+                  reference="test set", reference_n=len(test), kinds=ladders, rank_correlation=kinds, jpeg=jpeg, floor=floor, halves_of_test=dict(n=half, value=among),
                   kid_floor=dict(value=kid.value, error=kid.error, n=args.n), bias=dict(sizes=sizes, values=bias), seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start,
-                  seeds=list(range(args.repeats)), hardware=f"{platform.processor() or platform.machine()}, {args.threads} threads, {os.cpu_count()} cores",
-                  versions=dict(python=platform.python_version(), torch=torch.__version__), date=date.today().isoformat())
-    write_atomic(args.out, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+                  seeds=list(range(args.repeats)), hardware=hardware_line(), versions=versions(), date=now())
+    write_json(args.out, record)
     print(json.dumps(dict(rank_correlation=kinds, floor=floor, kid=kid, seconds=record["seconds"]), indent=1))
 
 

@@ -1,22 +1,18 @@
 """Fréchet distance at 2,048 dimensions beside other packages; streaming statistics; KID, precision and recall; features.
 
-    python benchmarks/metrics.py [--dim 2048] [--repeats 3] [--threads 1]
+    python benchmarks/metrics.py [--dim 2048] [--repeats 3] [--threads 2]
 
 Every pair of covariances has a known distance: Σ₂ = TΣ₁T with T symmetric positive is the optimal map's image of Σ₁, so
 d² = tr (T−I)Σ₁(T−I). Errors are relative to tr Σ₁ + tr Σ₂, the size of the terms. A package that is not installed is
 left out (pip install torchmetrics torch-fidelity scipy). Writes results/bench_metrics.json.
 """
-import argparse, importlib.metadata, importlib.util, json, math, os, platform, time, warnings
-from datetime import date
-from pathlib import Path
+import argparse, json, math, warnings
 
 import numpy as np
 import torch
 
+from record import RESULTS, clock, hardware_line, load, now, versions, write_json
 from edm_nb import metrics
-from edm_nb.files import write_atomic
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pair(d, spectrum, seed):
@@ -45,10 +41,16 @@ def cholesky_eigenvalues(a, b):
     return (a.trace() + b.trace() - 2*torch.linalg.eigvalsh(l.T @ b @ l).clamp(min=0).sqrt().sum()).item()
 
 
+def eigen_factor(cov):
+    "Square root by eigenvectors, for any rank."
+    values, vectors = torch.linalg.eigh(cov)
+    keep = values > len(cov)*torch.finfo(cov.dtype).eps*values[-1]
+    return vectors[:, keep]*values[keep].sqrt()
+
+
 def eigen_singular(a, b):
     "The always accurate route."
-    values = torch.linalg.svdvals(metrics.eigen_factor(a).T @ metrics.eigen_factor(b))
-    return (a.trace() + b.trace() - 2*values.sum()).item()
+    return (a.trace() + b.trace() - 2*torch.linalg.svdvals(eigen_factor(a).T @ eigen_factor(b)).sum()).item()
 
 
 def general_sqrtm(a, b):
@@ -78,16 +80,10 @@ def methods():
     return found
 
 
-def timed(function, repeats):
-    "Result and the fastest repetition: CPU seconds of all threads, and wall-clock seconds. CPU time is the one to compare on a busy machine."
-    times = []
-    for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        value = function()
-        times.append((time.process_time() - cpu, time.perf_counter() - wall))
-        if times[0][0] > 5: break
-    best = min(times)
-    return value, dict(cpu_seconds=best[0], wall_seconds=best[1], repeats=len(times))
+def fastest(function, repeats):
+    "Result and the fastest repetition by the clock, with its CPU seconds of all threads; the latter are the ones to compare on a busy machine."
+    wall, cpu, value = min((clock(function) for _ in range(repeats)), key=lambda run: run[0])
+    return value, dict(cpu_seconds=cpu, wall_seconds=wall, repeats=repeats)
 
 
 def distances(d, repeats, seed):
@@ -99,7 +95,7 @@ def distances(d, repeats, seed):
         table[kind] = {}
         for name, method in found.items():
             try:
-                value, cost = timed(lambda: method(a, b), repeats)
+                value, cost = fastest(lambda: method(a, b), repeats)
                 error = abs(value - exact)/(a.trace() + b.trace()).item()
                 entry = cost | dict(relative_error=error if math.isfinite(error) else None)
             except (RuntimeError, ValueError, np.linalg.LinAlgError) as failure:
@@ -121,7 +117,7 @@ def streaming(d, n, repeats, seed):
         for batch in x.split(64):
             y = batch.double(); total += y.sum(0); square += y.T @ y
         return (square - torch.outer(total, total)/n)/(n - 1)
-    (a, mine), (b, loop) = timed(ours, repeats), timed(plain, repeats)
+    (a, mine), (b, loop) = fastest(ours, repeats), fastest(plain, repeats)
     return dict(n=n, dim=d, edm_nb=mine, plain_loop=loop, largest_difference=(a - b).abs().max().item())
 
 
@@ -132,28 +128,28 @@ def others(repeats, seed):
     images = torch.randint(256, (1000, 3, 32, 32), generator=g).byte()
     network = metrics.cifar_features()
     network(images[:256])
-    rate = timed(lambda: metrics.extract(images, network), repeats)[1]
-    return dict(kid_4000x256=timed(lambda: metrics.kid(a, b), 1)[1], precision_recall_4000x256=timed(lambda: metrics.precision_recall(a, b), 1)[1],
+    rate = fastest(lambda: metrics.extract(images, network), repeats)[1]
+    return dict(kid_4000x256=fastest(lambda: metrics.kid(a, b), 1)[1], precision_recall_4000x256=fastest(lambda: metrics.precision_recall(a, b), 1)[1],
                 cifar_features_50000={k: v*50_000/len(images) for k, v in rate.items() if k != "repeats"})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dim", type=int, default=2048); parser.add_argument("--n", type=int, default=50_000)
-    parser.add_argument("--repeats", type=int, default=3); parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0); parser.add_argument("--out", default=str(ROOT/"results"/"bench_metrics.json"))
+    parser.add_argument("--repeats", type=int, default=3); parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0); parser.add_argument("--out", default=RESULTS/"bench_metrics.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads); warnings.simplefilter("ignore")
+    from threadpoolctl import threadpool_limits        # scipy and torch bring a BLAS each
+    threadpool_limits(args.threads); torch.set_num_threads(args.threads); warnings.simplefilter("ignore")
     table = distances(args.dim, args.repeats, args.seed)
-    packages = [p for p in ("numpy", "scipy", "torch", "torchmetrics", "torch-fidelity") if importlib.util.find_spec(p.replace("-", "_"))]
-    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "") if os.path.exists("/proc/cpuinfo") else platform.machine()
     first = next(iter(table.values()))
     record = dict(frechet_distance=table, dim=args.dim, repeats=args.repeats, seed=args.seed,
-                  speedup_over_sqrtm={k: row["scipy sqrtm"]["cpu_seconds"]/row["edm_nb"]["cpu_seconds"] for k, row in table.items()} if "scipy sqrtm" in first else None,
+                  speedup_over_sqrtm={k: row["scipy sqrtm"]["wall_seconds"]/row["edm_nb"]["wall_seconds"] for k, row in table.items()} if "scipy sqrtm" in first else None,
+                  speedup_over_sqrtm_cpu={k: row["scipy sqrtm"]["cpu_seconds"]/row["edm_nb"]["cpu_seconds"] for k, row in table.items()} if "scipy sqrtm" in first else None,
                   streaming=streaming(args.dim, args.n, args.repeats, args.seed), others=others(args.repeats, args.seed),
-                  hardware=f"{cpu}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}", date=date.today().isoformat(),
-                  versions={p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()})
-    write_atomic(args.out, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+                  hardware=f"{hardware_line()}, load average {load():.1f}", date=now(),
+                  versions=versions("numpy", "scipy", "torchmetrics", "torch-fidelity"))
+    write_json(args.out, record)
     print(json.dumps({k: v for k, v in record.items() if k != "frechet_distance"}, indent=1))
 
 

@@ -84,22 +84,121 @@ def test_point_masses_and_disjoint_supports():
     assert M.frechet_distance(torch.zeros(4), one, torch.zeros(4), two) == pytest.approx(6, abs=1e-12)
 
 
-def test_every_route_agrees_with_the_others():
-    a, b, exact = pair(40, 2)
-    l, m = M.cholesky_factor(a), M.cholesky_factor(b)
-    routes = [M.root_trace_fast(a, b), torch.linalg.svdvals(l.T @ m).sum(),
-              torch.linalg.svdvals(M.eigen_factor(a).T @ M.eigen_factor(b)).sum()]
-    for route in routes: assert route.item() == pytest.approx(M.root_trace(a, b).item(), rel=1e-13)
+def nearly_diagonal(d, decades, mixing, ascending, lowest=0.5):
+    "Σ₁ with its variances in order, slightly rotated, Σ₂ = TΣ₁T with T in [lowest, 1.5], and their exact distance."
+    q, r = (torch.linalg.qr(torch.eye(d, dtype=torch.float64) + mixing*randn(d, d, seed=s))[0] for s in (1, 2))
+    spectrum = torch.logspace(0, -decades, d, dtype=torch.float64)
+    cov, t = (q*(spectrum.flip(0) if ascending else spectrum)) @ q.T, (r*torch.linspace(lowest, 1.5, d, dtype=torch.float64)) @ r.T
+    cov, t = (cov + cov.T)/2, (t + t.T)/2
+    other, move = t @ cov @ t, t - torch.eye(d, dtype=torch.float64)
+    return cov, (other + other.T)/2, (move @ cov @ move).trace().item()
 
 
-def test_fast_route_declines_where_it_would_lose_digits():
-    thin, full, _ = pair(40, 2, rank=10)[0], *pair(40, 2)[1:]
-    assert M.root_trace_fast(thin, full) is None and M.root_trace_fast(full, thin) is None
-    assert M.cholesky_factor(thin) is None and M.eigen_factor(thin).shape == (40, 10)
+@pytest.fixture
+def no_long_way(monkeypatch):
+    "The singular values one by one are forbidden: the graded eigenvalues must do, and the check must know it."
+    def refuse(*_): raise AssertionError("fell back to singular values")
+    monkeypatch.setattr(torch.linalg, "svdvals", refuse)
+
+
+def test_narrow_spectrum_needs_no_qr(monkeypatch):
+    a, b, exact = pair(64, 3)
+    def refuse(*_, **__): raise AssertionError("the determinant did not confirm a plain product")
+    monkeypatch.setattr(torch.linalg, "qr", refuse)
+    size = (a.trace() + b.trace()).item()
+    assert abs(size - 2*M.root_trace(a, b).item() - exact) < 1e-13*size
+
+
+@pytest.mark.parametrize("decades,rank", [(2, None), (8, None), (2, 10), (6, 39)])
+def test_both_factors_give_the_same_sum(decades, rank, no_long_way):
+    a, b, exact = pair(40, decades, rank)
+    low, other = M.pivoted_factor(a, block=7), M.pivoted_factor(b)
+    assert low.shape == other.shape == (40, rank or 40)
+    assert torch.allclose(low @ low.T, a, rtol=0, atol=1e-14) and torch.allclose(other @ other.T, b, rtol=0, atol=1e-14)
+    size = (a.trace() + b.trace()).item()
+    assert abs(size - 2*M.singular_sum(low.T @ other).item() - exact) < 1e-13*size
+    assert M.root_trace(a, b).item() == pytest.approx(M.singular_sum(low.T @ other).item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+@pytest.mark.parametrize("mixing", [1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("decades,lowest", [(4, 0.5), (8, 0.05), (11, 0.5)])
+def test_nearly_independent_features_keep_all_digits(ascending, mixing, decades, lowest, no_long_way):
+    # Features that hardly mix, smallest variance first, are the worst case for eigenvalues of a product:
+    # the order L₁ᵀΣ₂L₁ arrives in costs half the digits. Sorting and QR must not.
+    a, b, exact = nearly_diagonal(80, decades, mixing, ascending, lowest)
+    size = (a.trace() + b.trace()).item()
+    assert abs(size - 2*M.root_trace(a, b).item() - exact) < 1e-13*size
+
+
+def test_pivoted_factors_come_sorted(no_long_way):
+    a, b, exact = nearly_diagonal(60, 6, 1e-6, True)
+    low, other = M.pivoted_factor(a, block=20), M.pivoted_factor(b, block=20)
+    size = (a.trace() + b.trace()).item()
+    assert abs(size - 2*M.singular_sum(low.T @ other).item() - exact) < 1e-13*size
+
+
+def test_shortcut_would_fail_the_test_above():
+    a, b, exact = nearly_diagonal(80, 8, 1e-3, True)
+    l, size = torch.linalg.cholesky(a), (a.trace() + b.trace()).item()
+    shortcut = torch.linalg.eigvalsh(l.T @ b @ l).clamp(min=0).sqrt().sum().item()
+    assert abs(size - 2*shortcut - exact) > 1e-12*size
+
+
+def test_determinant_check_catches_a_badly_ordered_matrix():
+    a, b, _ = nearly_diagonal(80, 8, 1e-6, True)
+    product = torch.linalg.cholesky(a).T @ torch.linalg.cholesky(b)        # ascending: nothing has sorted it
+    exact, log_det = torch.linalg.svdvals(product), torch.linalg.slogdet(product)[1]*2
+    gram = product @ product.T
+    found = torch.linalg.eigvalsh(gram)
+    wrong = abs(found.clamp(min=0).sqrt().sum()/exact.sum() - 1).item()
+    assert wrong > 1e-12 and M.roots_sum(gram, log_det) is None
+    assert M.singular_sum(product).item() == pytest.approx(exact.sum().item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-17, 1e-16, 1e-15, 1e-14, 1e-13, 1e-11, 1e-9, 1e-7])
+def test_accepted_sums_of_roots_are_accurate(noise):
+    # One symmetric disturbance of known size: what the determinant lets through must be right.
+    values = torch.logspace(0, -6, 60, dtype=torch.float64)
+    e = randn(60, 60)
+    found = M.roots_sum(values.diag() + noise*(e + e.T)/2, values.log().sum())
+    assert found is not None if noise <= 1e-16 else found is None if noise >= 1e-11 else True
+    if found is not None: assert found.item() == pytest.approx(values.sqrt().sum().item(), rel=1e-12)
+
+
+def test_negative_eigenvalue_is_not_accepted():
+    values = torch.tensor([1.0, 0.5, -1e-18], dtype=torch.float64)
+    assert M.roots_sum(values.diag(), torch.tensor(-40.0)) is None
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (30, 30), (1, 5), (30, 0), (0, 0)])
+def test_sum_of_singular_values_of_any_shape(shape):
+    x = randn(*shape, seed=3)*torch.logspace(0, -5, shape[1], dtype=torch.float64)
+    assert M.singular_sum(x).item() == pytest.approx(torch.linalg.svdvals(x).sum().item() if x.numel() else 0, rel=1e-13)
+
+
+def test_singular_matrix_of_full_shape():
+    x = randn(20, 8) @ randn(8, 20, seed=1)
+    assert M.singular_sum(x).item() == pytest.approx(torch.linalg.svdvals(x).sum().item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("d", [1, 5, 64, 100])
+def test_triangle_product(d):
+    a, b = randn(d, d).tril(), randn(d, d, seed=1).tril()
+    assert torch.allclose(M.triangle_product(a, b, block=32), a.T @ b, rtol=0, atol=1e-13*d)
+    assert torch.allclose(M.triangle_product(a, block=32).tril(), (a.T @ a).tril(), rtol=0, atol=1e-13*d)
+
+
+def test_noise_on_a_thin_covariance_is_not_rank():
+    thin = pair(40, 2, rank=10)[0]
+    assert M.cholesky_factor(thin) is None and M.pivoted_factor(thin).shape == (40, 10)
     almost = thin + 1e-14*torch.eye(40, dtype=torch.float64)     # Cholesky runs through on what is only noise
     assert not torch.linalg.cholesky_ex(almost).info and M.cholesky_factor(almost) is None
-    wide, other, _ = pair(40, 8)
-    assert M.cholesky_factor(wide) is not None and M.root_trace_fast(wide, other) is None
+    assert M.pivoted_factor(thin, block=3).shape == (40, 10)
+    wide = pair(40, 10)[0]
+    assert M.cholesky_factor(wide) is not None and M.pivoted_factor(wide).shape == (40, 40)
+    top = torch.linalg.eigvalsh(thin)[-1].item()
+    assert 0.5 < M.rounding_noise(thin).item()/(40*torch.finfo(torch.float64).eps*top) <= 1 + 1e-12
 
 
 def test_monotone_means_every_step():
@@ -422,6 +521,16 @@ def test_damage_leaves_level_zero_alone_and_keeps_the_mean():
     spot = torch.zeros(1, 1, 33, 33, dtype=torch.uint8); spot[0, 0, 16, 16] = 255
     ring = M.blur(spot, 1.0)[0, 0]
     assert ring[16, 16] == round(255/(2*math.pi)) and torch.equal(ring, ring.T) and torch.equal(ring, ring.flip(0))
+
+
+@pytest.mark.parametrize("offset", [0, 4, 3])
+def test_jpeg_blocks_lie_where_the_offset_puts_them(offset):
+    faint = torch.randint(90, 130, (8, 1, 32, 32), generator=gen()).byte()
+    worst = M.jpeg(faint, 1, offset).float()                          # faint detail is gone: only the mean of each block is left
+    step = worst.diff(dim=3).abs().mean((0, 1, 2))                    # step[i]: between columns i and i + 1
+    borders = [i for i in range(31) if (i + 1 + offset) % 8 == 0]
+    inside = [i for i in range(31) if i not in borders]
+    assert worst.shape == faint.shape and step[inside].max() == 0 < step[borders].min()
 
 
 def test_class_shares():
