@@ -663,7 +663,7 @@ class Protocol:
     features_hash: str           # hash of its weights
     n: int                       # samples per repetition
     reference: str               # data set of the reference statistics
-    split: str = "train"         # its split
+    split: str = "unknown"       # its split: train, test, all
     reference_n: int|None = None # images behind the reference
     metric: str = "frechet"      # what was computed
     seeds: str = ""              # e.g. "0-49999"
