@@ -100,13 +100,15 @@ def noise_study(data, n):
 
 
 def leak_study(data, n):
-    "C27: strong augmentation (each transform with probability 1/2), told and not told to the network."
-    for told in (True, False):
-        config = dataclasses.replace(ROWS["E"], augment=0.5, augment_args={"xflip": 0.0, "yflip": 0.0}, augment_labels=told)
+    "C27: strong augmentation (each transform with probability 1/2), told and not told to the network, and none at all."
+    strong = dict(augment=0.5, augment_args={"xflip": 0.0, "yflip": 0.0})
+    rows = {"told": strong, "not told": strong | dict(augment_labels=False), "no augmentation": dict(augment=0.0)}
+    for row, change in rows.items():
+        config = dataclasses.replace(ROWS["E"], **change)
         def job(config):
             _, images, numbers = run(config, data, n)
             return numbers | shape_statistics(images, data.labels[:n])
-        yield dict(study="leakage", row="told" if told else "not told"), config, job
+        yield dict(study="leakage", row=row), config, job
 
 
 def ema_study(data, n, halflives=(250, 1_000, 4_000, 16_000)):
