@@ -48,6 +48,8 @@ GROUPS = {
     "churn": (["tests/test_stochastic.py"], "equation_6 or gamma or algorithm_2 or x_hat or missing or recursion or naive_loop"),
     "row": (["tests/test_preconditioning.py"], "not compiles"),
     "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp or guidance"),
+    "metrics": (["tests/test_metrics.py"], "closed_form or hand or factors or needs_no_qr or determinant or accepted or sum_of_singular or triangle or "
+                                           "noise_on_a_thin or any_split or covariance or merge_is or published_rule or recovers_a_line or kid_ or shares"),
 }
 
 MUTATIONS = [
@@ -120,6 +122,20 @@ MUTATIONS = [
     Mutation("EMA weights", "training", "current, 1 - beta)", "current, beta)", "loss"),
     Mutation("warm-up", "training", "lr * min(1.0, seen / rampup)", "lr * min(1.0, 2 * seen / rampup)", "loss"),
     Mutation("guidance", "training", "return D + w * gap", "return D + (1 + w) * gap", "loss"),
+    # chapter 13: distances
+    Mutation("Fréchet cross term", "metrics", "cov2.trace() - 2*root_trace(cov1, cov2)", "cov2.trace() - root_trace(cov1, cov2)", "metrics"),
+    Mutation("Fréchet mean term", "metrics", "distance = (mean1 - mean2).square().sum()", "distance = (mean1 - mean2).norm()", "metrics"),
+    Mutation("covariance, n - 1", "metrics", "full/(self._n - 1)", "full/self._n", "metrics"),
+    Mutation("Chan's update", "metrics", "delta*math.sqrt(self._n*n/total)", "delta*math.sqrt(self._n*n)/total", "metrics"),
+    Mutation("determinant check", "metrics", "if error <= tol*roots.sum() else None", "if error <= 1e9*roots.sum() else None", "metrics"),
+    Mutation("determinant of R", "metrics", "2*r.diagonal().abs().log().sum()", "r.diagonal().abs().log().sum()", "metrics"),
+    Mutation("pivot against noise", "metrics", "< 10*rounding_noise(cov)", "< 0*rounding_noise(cov)", "metrics"),
+    Mutation("triangle blocks", "metrics", "k = max(i, j)", "k = max(i, j) + block*(i != j)", "metrics"),
+    Mutation("uint8 offset", "metrics", "images*127.5 + 128", "images*127.5 + 127.5", "metrics"),
+    Mutation("KID kernel", "metrics", "part @ b.T/a.shape[1] + 1 for", "part @ b.T + 1 for", "metrics"),
+    Mutation("KID unbiased", "metrics", "saa/(n*(n - 1)) + sbb", "saa/(n*n) + sbb", "metrics"),
+    Mutation("KID jackknife", "metrics", "(k - 1)/k*(w - w.mean())", "(w - w.mean())", "metrics"),
+    Mutation("bias in 1/n", "metrics", "x, y = 1/np.asarray(sizes, float)", "x, y = np.asarray(sizes, float)**-0.5", "metrics"),
 ]
 
 
