@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'app', 'Out', 'Overwrite', 'Device', 'Batch', 'Classes', 'Steps', 'SigmaMin', 'SigmaMax', 'Rho', 'Solver',
            'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'FeatureName', 'Weights', 'NAMED_SETS',
-           'UsageError', 'friendly', 'free_path', 'write_json', 'parse_numbers', 'Sampling', 'load_model',
-           'image_shape', 'seed_labels', 'generate', 'collect', 'report', 'generate_all', 'read_config', 'describe',
-           'follow', 'prepare_run', 'train', 'write_images', 'write_folder', 'sample', 'feature_network', 'image_stats',
-           'source_shape', 'stats', 'is_model', 'model_score', 'fid', 'halves_distance', 'demo', 'convert', 'main']
+           'UsageError', 'polite_sigterm', 'friendly', 'free_path', 'write_json', 'parse_numbers', 'Sampling',
+           'load_model', 'image_shape', 'seed_labels', 'generate', 'collect', 'report', 'generate_all', 'read_config',
+           'describe', 'follow', 'check_run', 'last_record', 'train', 'write_images', 'write_folder', 'sample',
+           'feature_network', 'image_stats', 'source_shape', 'stats', 'is_model', 'model_score', 'fid',
+           'halves_distance', 'demo', 'convert', 'main']
 
 # %% ../nbs/15_cli.ipynb #b2118039
-import functools, json, math, os, re, shutil, sys, tempfile, time
+import contextlib, functools, json, math, os, re, signal, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Iterator, Optional
@@ -32,19 +33,31 @@ from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_sta
 from .ode_solvers import edm_sigmas, euler, heun, rk2
 from .preconditioning import Preconditioned, iddpm_scalings
 from .stochastic import Churn, SeededNoise, sample as draw
-from .training import (PRESETS, FolderBusy, TrainConfig, TrainingDiverged, config_from, guided, join_team, load_data, train as run_training,
-                             without_labels)
+from .training import (PRESETS, FolderBusy, TrainConfig, TrainingDiverged, config_from, guided, join_team, load_data, on_first,
+                             pick_device, train as run_training, without_labels)
 
 # %% ../nbs/15_cli.ipynb #bfcf4ccb
 class UsageError(ValueError):
     "An argument that cannot be used; the message says what was expected."
 
 # %% ../nbs/15_cli.ipynb #da481acd
+@contextlib.contextmanager
+def polite_sigterm():
+    "Let SIGTERM unwind the stack as Ctrl-C does, so that what is open gets closed and saved; exit code 143."
+    if threading.current_thread() is not threading.main_thread():
+        yield      # signals reach the main thread only
+        return
+    def leave(number, frame): raise SystemExit(128 + number)
+    old = signal.signal(signal.SIGTERM, leave)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, old or signal.SIG_DFL)
+
 def friendly(command):
     "Turn the errors that a user can mend into one line and exit code 2."
     @functools.wraps(command)
     def run(*args, **kwargs):
-        try: return command(*args, **kwargs)
+        try:
+            with polite_sigterm(): return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, TrainingDiverged, FolderBusy) as error:
             typer.echo(f"edm-nb: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
@@ -249,12 +262,16 @@ def follow(records, config:TrainConfig, rank:int=0):   # yields the records
             if record.skipped: bar.set_postfix(loss=f"{record.loss:.4f}", skipped=record.skipped, refresh=False)
             yield record
 
-def prepare_run(out:Path, overwrite:bool) -> Path:   # the folder
-    "A run folder that is new, that continues a run, or that may be replaced; anything else is somebody's work."
-    is_run = (out/"config.json").exists()
-    if overwrite and is_run: shutil.rmtree(out)
-    elif not is_run: free_path(out)
-    return out
+def check_run(out:Path) -> Path:   # the folder
+    "A run folder that is new or holds a run; anything else is somebody's work. Nothing is written or deleted here."
+    only_locked = out.is_dir() and [path.name for path in out.iterdir()] == [".lock"]      # a run that has just begun
+    return out if only_locked or (out/"config.json").exists() else free_path(out)
+
+def last_record(out:Path) -> dict:   # images, seconds, and what else the log says
+    "Where a finished run ended: by its log, or by its model where it was killed before the last line."
+    lines = (out/"log.jsonl").read_text().splitlines() if (out/"log.jsonl").exists() else []
+    seen = checkpoints.read_config(out)["extra"]["images"]
+    return (json.loads(lines[-1]) if lines else {"seconds": math.nan, "loss": math.nan}) | {"images": seen}
 
 # %% ../nbs/15_cli.ipynb #05763754
 @app.command(epilog="Example:  edm-nb train digits --out runs/digits    |    "
@@ -275,11 +292,13 @@ def train(preset:Annotated[str, typer.Argument(help="a preset, or a JSON file li
     given = dict(data=data, images=images, batch=batch, micro_batch=micro_batch, lr=lr, precision=precision, compile=compile, seed=seed)
     config = replace(read_config(preset), **{key: value for key, value in given.items() if value is not None})
     with join_team(device) as team:
-        if team.rank == 0: prepare_run(out, overwrite)
+        on_first(team, lambda: check_run(out))
         report(team, f"{preset}: {describe(config)}")
-        for record in follow(run_training(config, out, device=device), config, team.rank): last = record
-        report(team, f"done: loss {last.loss:.4f}, {last.images_per_second:.0f} images/s, {last.skipped} updates skipped; "
-                     f"model in {out/'model.safetensors'}")
+        last = None
+        for last in follow(run_training(config, out, device=device, overwrite=overwrite), config, team.rank): pass
+        if last is None: report(team, f"already finished: {last_record(out)['images']:,} images, model in {out/'model.safetensors'}")
+        else: report(team, f"done: loss {last.loss:.4f}, {last.images_per_second:.0f} images/s, {last.skipped} updates skipped; "
+                           f"model in {out/'model.safetensors'}")
 
 # %% ../nbs/15_cli.ipynb #024d4084
 def write_images(out:Path, seeds:list[int], images:Tensor, labels:Tensor|None, columns:int|None=None) -> Path:   # `out`
@@ -427,14 +446,17 @@ def halves_distance(images:Tensor,     # uint8 `[N, C, H, W]`
 def demo(out:Out=Path("runs/demo"),
          seed:Annotated[int, typer.Option("--seed", help="of the training; samples use seeds 0 to 1796")]=0,
          images:Annotated[Optional[int], typer.Option("--images", min=1, help="train on fewer images than the preset")]=None,
-         device:Device="cpu", overwrite:Overwrite=False):
+         device:Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the CPU is fast enough")]="cpu",
+         overwrite:Overwrite=False):
     "Train a class-conditional model on handwritten digits, sample it and measure it: minutes on a CPU."
     config = replace(PRESETS["digits"], seed=seed, **({"images": images} if images else {}))
-    prepare_run(out, overwrite)
+    check_run(out)
     typer.echo(f"digits: {describe(config)}", err=True)
-    started, data = time.perf_counter(), load_data(config)
-    for record in follow(run_training(config, out, data=data, device=device), config): last = record
-    denoise, sampling = load_model(out, device or "cpu"), Sampling()
+    started, data, record = time.perf_counter(), load_data(config), None
+    for record in follow(run_training(config, out, data=data, device=device, overwrite=overwrite), config): pass
+    last = last_record(out)
+    if record is None: typer.echo(f"already finished: {last['images']:,} images, model in {out/'model.safetensors'}", err=True)
+    denoise, sampling = load_model(out, pick_device(device)), Sampling()
     rows = [s//10 for s in range(100)]                             # a class per row
     sheet = torch.cat([x for _, x, _ in generate(denoise, list(range(100)), sampling, rows)])
     save_png(out/"samples.png", sheet, columns=10, scale=5)
@@ -445,8 +467,8 @@ def demo(out:Out=Path("runs/demo"),
     ours, theirs = feature_stats(drawn, features), feature_stats(data.images, features)
     result = dict(distance=frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov), n=count,
                   halves=halves_distance(data.images, features), n_halves=count//2, features=features.name,
-                  loss=last.loss, images_seen=last.images, images_per_second=round(last.images/last.seconds, 1),
-                  train_seconds=round(last.seconds, 1), seconds=round(time.perf_counter() - started, 1), seed=seed, nfe=sampling.nfe,
+                  loss=last["loss"], images_seen=last["images"], images_per_second=round(last["images"]/last["seconds"], 1),
+                  train_seconds=round(last["seconds"], 1), seconds=round(time.perf_counter() - started, 1), seed=seed, nfe=sampling.nfe,
                   torch=torch.__version__, threads=torch.get_num_threads())
     write_json(out/"demo.json", result)
     typer.echo(f"Fréchet distance in pixel space (not an FID): {result['distance']:.3f} between {count} samples and the data,\n"

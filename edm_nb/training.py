@@ -8,12 +8,14 @@ __all__ = ['QUANTILES', 'WEIGHTS', 'PAPER_COST', 'DIGITS', 'PRESETS', 'FREE', 'i
            'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'guided', 'without_labels', 'TrainConfig', 'check_config',
            'config_from', 'config_json', 'ladder', 'cifar10_ladder', 'table_1_rows', 'describe', 'load_data', 'shrink',
            'to_device', 'check_data', 'stream_seed', 'Batch', 'send', 'make_batch', 'TrainState', 'build_denoiser',
-           'new_state', 'ema_denoiser', 'backward', 'guard', 'train_step', 'Team', 'join_team', 'wrap', 'FolderBusy',
-           'lock_folder', 'state_tensors', 'restore_tensors', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged',
-           'Meter', 'deferred_interrupt', 'due', 'run_loop', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
+           'new_state', 'ema_denoiser', 'backward', 'guard', 'train_step', 'Team', 'pick_device', 'told_by_torchrun',
+           'join_team', 'gather', 'on_first', 'agree', 'wrap', 'FolderBusy', 'lock_folder', 'clear_run',
+           'state_tensors', 'restore_tensors', 'save_model', 'model_is_current', 'save_run', 'restore_run', 'Progress',
+           'TrainingDiverged', 'Meter', 'deferred_interrupt', 'due', 'run_loop', 'open_run', 'train', 'RunLog',
+           'write_text', 'sample_grid', 'fit']
 
 # %% ../nbs/04_training.ipynb #deea7fb3
-import contextlib, copy, dataclasses, fcntl, functools, hashlib, json, math, os, signal, tempfile, threading, time
+import contextlib, copy, dataclasses, functools, hashlib, inspect, json, math, os, shutil, signal, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -541,22 +543,65 @@ class Team(NamedTuple):
     world:int
     device:torch.device
 
+# %% ../nbs/04_training.ipynb #5e813eff
+def pick_device(device:str|torch.device|None,   # "cpu", "cuda", "cuda:1", "mps"; None: the GPU if there is one
+               ) -> torch.device:               # with its index; under `torchrun` this process's own GPU
+    "The device of this process. A ValueError lists what there is."
+    there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + (["mps"] if torch.backends.mps.is_available() else [])
+    if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
+    try: found = torch.device(device)
+    except RuntimeError: raise ValueError(f"unknown device {str(device)!r}; this machine has {', '.join(there)}") from None
+    if found.type == "cuda" and found.index is None: found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    elif found.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"device {found} would put every process on one GPU; under torchrun say cuda, and each takes its own")
+    if str(found) not in there: raise ValueError(f"there is no device {found}; this machine has {', '.join(there)}")
+    return found
+
+# %% ../nbs/04_training.ipynb #049e7605
+def told_by_torchrun() -> tuple[int, int]:   # rank, world
+    "Who this process is among how many. Half of an answer would train two halves that know nothing of each other."
+    world, names = int(os.environ.get("WORLD_SIZE", 1)), ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names[:4 if world > 1 else 2] if name not in os.environ]
+    if missing and (world > 1 or "RANK" in os.environ):
+        raise ValueError(f"the environment says that several processes work together, but lacks {', '.join(missing)}; start through torchrun")
+    return int(os.environ.get("RANK", 0)), world
+
 # %% ../nbs/04_training.ipynb #79c58ea8
 @contextlib.contextmanager
 def join_team(device:str|torch.device|None=None,   # the default is this process's GPU, or the CPU
               timeout:float=600,                   # seconds after which a silent partner counts as dead
              ) -> Iterator[Team]:
     "Join the processes that `torchrun` started; a single process needs no process group."
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    (rank, world), device = told_by_torchrun(), pick_device(device)
     if device.type == "cuda": torch.cuda.set_device(device)
     mine = world > 1 and not dist.is_initialized()
     if mine: dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     try: yield Team(rank, world, device)
     finally:
         if mine: dist.destroy_process_group()
+
+# %% ../nbs/04_training.ipynb #86997e81
+def gather(team:Team, function:Callable) -> list[tuple]:   # one (result, None) or (None, error) per process
+    "Call a function here and collect what became of it everywhere."
+    try: mine = (function(), None)
+    except Exception as error: mine = (None, error)
+    everyone = [mine]*team.world
+    if team.world > 1: dist.all_gather_object(everyone, mine)
+    if mine[1] is not None: raise mine[1]
+    return everyone
+
+def on_first(team:Team, function:Callable):   # what it returned
+    "Call a function on the first process only; all wait for it and get its result, or its error."
+    result, error = gather(team, function if team.rank == 0 else lambda: None)[0]
+    if error is not None: raise error
+    return result
+
+def agree(team:Team, function:Callable):   # what it returned
+    "Call a function on every process; a ValueError everywhere unless all return the same."
+    everyone = gather(team, function)
+    if all(pair == everyone[0] for pair in everyone): return everyone[0][0]
+    said = "; ".join(f"process {k}: {result if error is None else error}" for k, (result, error) in enumerate(everyone))
+    raise ValueError(f"the processes disagree, so nothing was trained ({said}); do all of them see the same disk?")
 
 # %% ../nbs/04_training.ipynb #69d02660
 def wrap(state:TrainState,   # whose denoiser is wrapped
@@ -587,6 +632,15 @@ def lock_folder(folder:Path) -> Iterator[Path]:   # the folder, made if missing
             raise FolderBusy(f"another run is training in {folder}; wait for it, stop it, or choose another folder") from None
         yield folder
 
+# %% ../nbs/04_training.ipynb #55304397
+def clear_run(folder:Path) -> None:   # locked by the caller
+    "Delete a run and keep the lock. A folder that holds anything but a run is somebody's work: ValueError."
+    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    if found and not (folder/"config.json").exists():
+        raise ValueError(f"{folder} holds {found[0].name}, but no run (there is no config.json); choose another folder")
+    for path in sorted(found, key=lambda path: path.name == "config.json"):     # last: what marks the folder as a run
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
 # %% ../nbs/04_training.ipynb #42d18600
 def state_tensors(state:TrainState) -> dict:   # name → tensor
     "Every tensor of the training state under a flat name: weights, averages, optimizer, counters."
@@ -611,6 +665,20 @@ def restore_tensors(state:TrainState,   # is overwritten
         state.optimizer.state[p] = {"step": tensors[f"adam.step.{k}"].to(p.device), **moments}
     for k in ("skipped", "in_a_row", "worst"): getattr(state, k).copy_(tensors[f"count.{k}"])
 
+# %% ../nbs/04_training.ipynb #1f46a60a
+def save_model(state:TrainState,   # whose average is written
+               path:Path,          # the .safetensors file
+              ) -> Path:           # the file
+    "Write the averaged denoiser with what is worth knowing about it."
+    return checkpoints.save(path, ema_denoiser(state), images=state.images, train_config=dataclasses.asdict(state.config))
+
+def model_is_current(state:TrainState,   # of a run
+                     folder:Path,        # its folder
+                    ) -> bool:
+    "Whether the model beside a state belongs to it: a run may have been killed between writing the two."
+    try: return checkpoints.read_config(folder/"model.safetensors")["extra"].get("images") == state.images
+    except checkpoints.CheckpointError: return False
+
 # %% ../nbs/04_training.ipynb #4bd23d45
 def save_run(state:TrainState,   # what to save
              folder:Path,        # the run folder
@@ -620,7 +688,7 @@ def save_run(state:TrainState,   # what to save
         config = dataclasses.asdict(state.config)
         path = checkpoints.save_state(folder/"state", state.images, state_tensors(state),
                                       dict(images=state.images, seconds=state.seconds, config=config))
-        checkpoints.save(folder/"model.safetensors", ema_denoiser(state), images=state.images, train_config=config)
+        save_model(state, folder/"model.safetensors")
     except OSError as error:
         raise OSError(error.errno, f"cannot save the run at {state.images:,} images in {folder}: {error.strerror or error}. "
                       f"Last good checkpoint: {state.saved or 'none'}. Make room and start the same command again") from error
@@ -631,10 +699,12 @@ FREE = ("images", "log_every", "save_every", "grid_every", "max_bad", "expected"
 
 def restore_run(state:TrainState,   # a fresh state of the same configuration
                 folder:Path,        # the run folder
+                file:Path|None=None,   # the state; the default is the folder's newest
                ) -> bool:           # True if there was something to restore
     "Continue where the folder's last checkpoint stands."
-    if checkpoints.latest_state(folder/"state") is None: return False
-    tensors, meta, path = checkpoints.load_state(folder/"state")
+    file = file or checkpoints.latest_state(folder/"state")
+    if file is None: return False
+    tensors, meta, path = checkpoints.load_state(file)
     before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in FREE}
                    for c in (meta["config"], dataclasses.asdict(state.config)))
     changed = [f"{k}: {before.get(k)!r} → {now[k]!r}" for k in now if before.get(k) != now[k]]
@@ -693,19 +763,20 @@ class Meter:
 
 # %% ../nbs/04_training.ipynb #3e83d6cb
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[list]:   # non-empty once Ctrl-C was pressed
-    "Let a step finish before Ctrl-C stops the run; a second Ctrl-C stops at once."
+def deferred_interrupt() -> Iterator[list]:   # the signals that came: SIGINT, SIGTERM
+    "Let a step finish before Ctrl-C or SIGTERM stops the run; a second one stops at once."
     pressed = []
     if threading.current_thread() is not threading.main_thread():
         yield pressed      # signals reach the main thread only
         return
-    old = signal.getsignal(signal.SIGINT)
+    old = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
     def handler(number, frame):
         pressed.append(number)
-        signal.signal(signal.SIGINT, old)
-    signal.signal(signal.SIGINT, handler)
+        signal.signal(number, old[number])
+    for number in old: signal.signal(number, handler)
     try: yield pressed
-    finally: signal.signal(signal.SIGINT, old)
+    finally:
+        for number, before in old.items(): signal.signal(number, before)
 
 # %% ../nbs/04_training.ipynb #3d382058
 def due(before:int,    # images at the last look
@@ -736,6 +807,7 @@ def run_loop(state:TrainState,          # is advanced
                 record, reported = meter.read(state, state.images - reported, team.world), state.images
             if write and due(before, state.images, config.save_every, config.images): save_run(state, folder)
             elif write and pressed: save_run(state, folder)     # no exchange with other processes: they may be a step away
+        if signal.SIGTERM in pressed: raise SystemExit(128 + signal.SIGTERM)
         if pressed: raise KeyboardInterrupt(f"stopped at {state.images:,} images; {state.saved or 'nothing saved'}")
         if record is None: continue
         try: yield record
@@ -744,13 +816,24 @@ def run_loop(state:TrainState,          # is advanced
             raise
         meter.start = time.perf_counter()
 
+# %% ../nbs/04_training.ipynb #0611422a
+def open_run(stack:contextlib.ExitStack,   # holds the lock
+             folder:Path,                  # the run folder, made if missing
+             overwrite:bool=False,         # delete the run in it
+            ) -> Path|None:                # the newest state
+    "Lock a run folder for as long as `stack` lives, then look into it."
+    stack.enter_context(lock_folder(folder))
+    if overwrite: clear_run(folder)
+    return checkpoints.latest_state(folder/"state")
+
 # %% ../nbs/04_training.ipynb #b5e70066
 def train(config:TrainConfig,             # what to train
           folder:str|Path|None=None,      # run folder: configuration, log, checkpoints; None keeps all in memory
           data:ImageSet|None=None,        # replaces the set that the configuration names
           device:str|torch.device|None=None,   # the default is the GPU if there is one
           timeout:float=600,              # seconds after which a silent partner process counts as dead
-         ) -> Iterator[Progress]:         # a record every `log_every` images
+          overwrite:bool=False,           # delete the run that the folder holds and start anew
+         ) -> Iterator[Progress]:         # a record every `log_every` images; none where the folder's run is finished
     "Train, or continue the folder's run. Under `torchrun` every process calls this and gets its own records."
     folder = Path(folder) if folder is not None else None
     with contextlib.ExitStack() as stack:
@@ -761,8 +844,11 @@ def train(config:TrainConfig,             # what to train
         state = new_state(config, data, team.device)
         log = None
         if folder is not None:
-            if team.rank == 0: stack.enter_context(lock_folder(folder))
-            restore_run(state, folder)
+            file = on_first(team, lambda: open_run(stack, folder, overwrite))
+            agree(team, lambda: file is not None and restore_run(state, folder, file) and state.images)
+            if state.images >= config.images:
+                on_first(team, lambda: None if model_is_current(state, folder) else save_model(state, folder/"model.safetensors"))
+                return
             if team.rank == 0: log = stack.enter_context(RunLog(folder, state))
         grid = state.images
         for record in run_loop(state, data, team, folder):
@@ -838,7 +924,7 @@ def fit(config:TrainConfig,      # what to train
         progress:bool=False,     # show a bar
         **arguments,             # of `train`
        ) -> Preconditioned:      # the averaged denoiser, in eval mode
-    "Run `train` to its end."
+    "Run `train` to its end, or read what an earlier run left in the folder."
     record = None
     if progress:
         from tqdm.auto import tqdm
@@ -846,5 +932,6 @@ def fit(config:TrainConfig,      # what to train
     for record in train(config, **arguments):
         if progress: bar.update(record.images - bar.n); bar.set_postfix(loss=f"{record.loss:.4f}")
     if progress: bar.close()
-    if record is None: raise ValueError("nothing was trained: the folder's run has already seen all of its images")
-    return ema_denoiser(record.state)
+    if record is not None: return ema_denoiser(record.state)
+    with join_team(arguments.get("device")) as team:
+        return checkpoints.load(Path(arguments["folder"])/"model.safetensors", team.device).requires_grad_(False)

@@ -159,3 +159,51 @@ def test_fid_of_a_model_reports_three_seed_ranges(model, tmp_path):
     assert result["min"] == min(result["values"]) and result["mean"] == pytest.approx(sum(result["values"]) / 3)
     assert result["protocol"]["nfe"] == 5
     assert "evaluations" in done.output
+
+
+def test_a_finished_run_is_reported_and_left_alone(tmp_path):
+    run = ["train", "toy", "--device", "cpu", "--out", tmp_path / "run"]
+    assert edm_nb(*run, "--images", 256).exit_code == 0
+    before = (tmp_path / "run/model.safetensors").read_bytes()
+    for images in (256, 128):
+        again = edm_nb(*run, "--images", images)
+        assert again.exit_code == 0, again.output
+        assert "already finished: 256 images, model in" in again.output
+    assert (tmp_path / "run/model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "run/config.json").read_text())["images"] == 256
+
+
+def test_demo_goes_on_where_its_training_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "PRESETS", dict(cli.PRESETS, digits=cli.PRESETS["toy"]))
+    small = digits().take(slice(0, 100))
+    monkeypatch.setattr(cli, "load_data", lambda config: small)
+    results = []
+    for _ in range(2):
+        done = edm_nb("demo", "--out", tmp_path / "demo", "--images", 128)
+        assert done.exit_code == 0, done.output
+        results.append(json.loads((tmp_path / "demo/demo.json").read_text()))
+    assert "already finished: 128 images" in done.output
+    assert all(results[0][key] == results[1][key] for key in ("distance", "loss", "images_seen", "train_seconds"))
+    assert edm_nb("demo", "--out", tmp_path / "demo", "--images", 128, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["train", "toy"], ["demo"]])
+def test_overwrite_deletes_nothing_that_another_process_uses(tmp_path, command):
+    from edm_nb.training import lock_folder
+    (tmp_path / "run/state").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl", "state/state-000000000001.safetensors"):
+        (tmp_path / "run" / name).write_text("{}")
+    with lock_folder(tmp_path / "run"):
+        before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+        done = edm_nb(*command, "--images", 64, "--device", "cpu", "--out", tmp_path / "run", "--overwrite")
+        assert done.exit_code == 2 and "edm-nb: another run is training" in done.output, done.output
+        assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    assert edm_nb("train", "toy", "--images", 64, "--device", "cpu", "--out", tmp_path / "run", "--overwrite").exit_code == 0
+    assert [p.name for p in (tmp_path / "run/state").iterdir()] == ["state-000000000064.safetensors"]
+
+
+def test_unknown_devices_are_one_line(tmp_path):
+    for device in ("foo", "cuda:99", "meta"):
+        done = edm_nb("train", "toy", "--images", 64, "--device", device, "--out", tmp_path / "run")
+        assert done.exit_code == 2 and "this machine has cpu" in done.output, done.output
+    assert not (tmp_path / "run").exists()

@@ -33,14 +33,14 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(config, folder, world=2, timeout=60):
+def start(config, folder, world=2, timeout=60, script=SCRIPT):
     "What torchrun does: one process per rank, told by the environment who it is."
     port, processes = free_port(), []
     for rank in range(world):
         environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=str(port), OMP_NUM_THREADS="1",
                            PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
-        processes.append(subprocess.Popen([sys.executable, "-c", SCRIPT, T.config_json(config), str(folder), str(timeout)],
+        processes.append(subprocess.Popen([sys.executable, "-c", script, T.config_json(config), str(folder), str(timeout)],
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
     return processes
 
@@ -101,3 +101,75 @@ def test_batch_must_divide():
 def test_single_process_has_no_process_group():
     with T.join_team("cpu") as team:
         assert team.world == 1 and not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_a_folder_in_use_stops_every_process(tmp_path):
+    "The first process finds the lock; the others hear of it at once and do not wait for their time-out."
+    with T.lock_folder(tmp_path/"run"):
+        processes = start(TOY, tmp_path/"run", timeout=200)
+        outputs = finish(processes, 100)
+    assert all(p.returncode not in (0, None, -9) for p in processes)
+    assert all("another run is training" in errors for _, errors in outputs), outputs
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_processes_that_see_different_folders_do_not_train(tmp_path):
+    "As on machines without a common disk: one finds the state, the other cannot read it."
+    for record in T.train(dataclasses.replace(TOY, images=320), tmp_path/"run", device="cpu"): pass
+    blind = "if os.environ['RANK'] == '1':\n    def lost(path): raise OSError(f'{path} is not here')\n    T.checkpoints.load_state = lost\n"
+    processes = start(TOY, tmp_path/"run", timeout=200, script=SCRIPT.replace("for record", blind + "for record", 1))
+    (_, first), (_, second) = finish(processes, 100)
+    assert all(p.returncode not in (0, None, -9) for p in processes)
+    assert "process 0: 320; process 1:" in first and "is not here" in second, (first, second)
+    assert checkpoints.load_state(tmp_path/"run"/"state")[1]["images"] == 320
+
+
+def test_errors_and_disagreement_reach_every_process(monkeypatch):
+    "The two helpers, with the exchange replaced by what another process would have said."
+    team = T.Team(0, 2, torch.device("cpu"))
+    def other_says(pair):
+        def exchange(everyone, mine): everyone[:] = [mine, pair]
+        monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
+    other_says((5, None))
+    assert T.agree(team, lambda: 5) == 5 and T.on_first(team, lambda: 7) == 7
+    with pytest.raises(ValueError, match="process 0: 4; process 1: 5"): T.agree(team, lambda: 4)
+    other_says((None, OSError("no disk")))
+    with pytest.raises(ValueError, match="process 1: no disk"): T.agree(team, lambda: 5)
+    def exchange(everyone, mine): everyone[:] = [(None, T.FolderBusy("busy")), mine]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
+    with pytest.raises(T.FolderBusy, match="busy"): T.on_first(T.Team(1, 2, torch.device("cpu")), lambda: 1/0)
+
+
+def pretend_gpus(monkeypatch, count):
+    "A machine with `count` GPUs that nothing is ever run on; returns the devices that were chosen."
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(name, raising=False)
+    return chosen
+
+
+def test_cuda_without_a_number_is_the_process_own_gpu(monkeypatch):
+    chosen = pretend_gpus(monkeypatch, 2)
+    for device in ("cuda", None, "cuda:1"):
+        with T.join_team(device): pass
+    assert chosen == ["cuda:0", "cuda:0", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with T.join_team("cuda"): pass
+    assert chosen[-1] == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="every process on one GPU.*say cuda"): T.pick_device("cuda:1")
+    with pytest.raises(ValueError, match="cuda:5.*this machine has cpu, cuda:0, cuda:1"):
+        monkeypatch.setenv("LOCAL_RANK", "5"); T.pick_device("cuda")
+    with pytest.raises(ValueError, match="unknown device 'foo'; this machine has cpu"): T.pick_device("foo")
+
+
+def test_half_an_environment_is_an_error(monkeypatch):
+    pretend_gpus(monkeypatch, 0)
+    for names, lacks in ((["RANK"], "WORLD_SIZE"), (["WORLD_SIZE"], "RANK"), (["RANK", "WORLD_SIZE"], "MASTER_ADDR")):
+        with monkeypatch.context() as m:
+            for name in names: m.setenv(name, "2")
+            with pytest.raises(ValueError, match=f"lacks {lacks}.*start through torchrun"):
+                with T.join_team("cpu"): pass

@@ -208,3 +208,50 @@ def test_log_grid_and_configuration_are_written(tmp_path):
 def test_image_set_that_does_not_fit_stays_where_it_is():
     data = digits()
     assert T.to_device(data, torch.device("cpu")).images.data_ptr() == data.images.data_ptr()
+
+
+def test_a_finished_run_gives_its_model_and_is_not_trained_again(tmp_path):
+    config = dataclasses.replace(TOY, images=128)
+    trained = T.fit(config, folder=tmp_path, device="cpu")
+    for images in (128, 64):
+        again = T.fit(dataclasses.replace(config, images=images), folder=tmp_path, device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
+
+
+def test_a_run_killed_between_its_last_state_and_its_model_gets_the_model(tmp_path):
+    config = dataclasses.replace(TOY, images=128)
+    run_all(dataclasses.replace(config, images=64), tmp_path)
+    old = [(tmp_path/name).read_bytes() for name in ("model.safetensors", "model.json")]
+    run_all(config, tmp_path)
+    new = (tmp_path/"model.safetensors").read_bytes()
+    for name, content in zip(("model.safetensors", "model.json"), old): (tmp_path/name).write_bytes(content)
+    T.fit(config, folder=tmp_path, device="cpu")
+    assert (tmp_path/"model.safetensors").read_bytes() == new
+
+
+def test_overwriting_needs_the_lock_and_a_run(tmp_path):
+    run_all(dataclasses.replace(TOY, images=64), tmp_path/"run")
+    other = T.train(TOY, tmp_path/"run", device="cpu")
+    next(other)
+    with pytest.raises(T.FolderBusy): next(T.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
+    other.close()
+    assert checkpoints.latest_state(tmp_path/"run"/"state") is not None
+    first = next(T.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
+    assert first.images == 32
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine"/"thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis.txt, but no run"): next(T.train(TOY, tmp_path/"mine", device="cpu", overwrite=True))
+    assert (tmp_path/"mine"/"thesis.txt").exists()
+
+
+def test_sigterm_leaves_a_checkpoint_and_exit_code_143(tmp_path):
+    process = start(dataclasses.replace(TOY, images=10**7, save_every=10**7, log_every=10**6), tmp_path)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path/"config.json").exists() and time.monotonic() < until: time.sleep(0.05)
+        time.sleep(1.0)                             # well inside the updates; no record is due for minutes
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally: process.kill()
+    assert process.returncode == 143
+    assert checkpoints.load_state(tmp_path/"state")[1]["images"] >= 32
