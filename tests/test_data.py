@@ -175,6 +175,21 @@ def test_workers_do_not_matter(tmp_path):
         assert same(load_images(path, cache=False, workers=workers), original)
 
 
+def test_small_images_get_one_thread(tmp_path, monkeypatch):
+    seen = []
+    class Pool(data.ThreadPoolExecutor):
+        def __init__(self, workers):
+            seen.append(workers)
+            super().__init__(workers)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 6)
+    write_zip(tmp_path/"small.zip", random_set(5))
+    write_zip(tmp_path/"large.zip", random_set(5, height=64, width=64))
+    monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
+    for name, workers in (("small", None), ("large", None), ("small", 3)):
+        data.decode_all(data.open_zip(tmp_path/f"{name}.zip"), workers=workers)
+    assert seen == [1, 6, 3]
+
+
 def test_jpeg_equals_pil(tmp_path):
     import io
     from PIL import Image
@@ -433,11 +448,23 @@ def test_npz_floats_and_latents(tmp_path):
     assert found.images.dtype == torch.float32 and np.allclose(found.images, x) and found.labels.shape == (5, 5)
 
 
+def test_npz_labels_are_never_rounded(tmp_path):
+    images, ages = np.zeros((3, 1, 4, 4), np.uint8), np.array([0.05, 4.5, 9.9])
+    np.savez(tmp_path/"classes.npz", images=images, labels=np.array([2.0, 0.0, 1.0]))     # whole numbers, stored as floats
+    found = load_images(tmp_path/"classes.npz")
+    assert found.is_class and found.labels.tolist() == [2, 0, 1]
+    np.savez(tmp_path/"ages.npz", images=images, labels=ages[:, None])
+    found = load_images(tmp_path/"ages.npz")
+    assert not found.is_class and found.label_dim == 1 and torch.equal(found.labels, torch.tensor(ages[:, None], dtype=torch.float32))
+
+
 @pytest.mark.parametrize("arrays,match", [
     (dict(x=np.zeros(3)), "array named images"), (dict(images=np.zeros((3, 3))), "rank 4"), (dict(images=np.zeros((2, 3, 4, 4)) + np.nan), "NaN"),
     (dict(images=np.zeros((2, 3, 4, 4)) + 200.0), "reach 200"), (dict(images=np.zeros((2, 3, 4, 4), int)), "int64"),
     (dict(images=np.zeros((0, 3, 4, 4), np.uint8)), "at least one"), (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.array(["a", "b"])), "expected numbers"),
-    (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.zeros(3, int)), "2 images but 3 labels")])
+    (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.zeros(3, int)), "2 images but 3 labels"),
+    (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.array([0.05, 9.9])), r"one is 0\.05.*labels\[:, None\]"),
+    (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.array([0, np.nan])), "labels hold NaN")])
 def test_bad_npz(tmp_path, arrays, match):
     np.savez(tmp_path/"bad.npz", **arrays)
     refuse(lambda: load_images(tmp_path/"bad.npz"), match)
