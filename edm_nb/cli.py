@@ -6,10 +6,10 @@
 __all__ = ['SOLVERS', 'app', 'Out', 'Overwrite', 'Device', 'Batch', 'Classes', 'Steps', 'SigmaMin', 'SigmaMax', 'Rho', 'Solver',
            'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'FeatureName', 'Weights', 'NAMED_SETS',
            'UsageError', 'polite_sigterm', 'friendly', 'free_path', 'write_json', 'parse_numbers', 'Sampling',
-           'load_model', 'image_shape', 'seed_labels', 'generate', 'collect', 'report', 'generate_all', 'read_config',
-           'describe', 'follow', 'check_run', 'last_record', 'train', 'write_images', 'write_folder', 'sample',
-           'feature_network', 'image_stats', 'source_shape', 'stats', 'is_model', 'model_score', 'fid',
-           'halves_distance', 'demo', 'convert', 'main']
+           'load_model', 'seed_labels', 'generate', 'collect', 'report', 'generate_all', 'read_config', 'describe',
+           'follow', 'check_run', 'last_record', 'train', 'write_images', 'write_folder', 'sample', 'feature_network',
+           'image_stats', 'source_shape', 'stats', 'is_model', 'model_score', 'fid', 'halves_distance', 'demo',
+           'convert', 'main']
 
 # %% ../nbs/15_cli.ipynb #b2118039
 import contextlib, functools, json, math, os, re, signal, sys, tempfile, threading, time
@@ -33,7 +33,7 @@ from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_sta
 from .ode_solvers import edm_sigmas, euler, heun, rk2
 from .preconditioning import Preconditioned, iddpm_scalings
 from .stochastic import Churn, SeededNoise, sample as draw
-from .training import (PRESETS, FolderBusy, TrainConfig, TrainingDiverged, config_from, guided, join_team, load_data, on_first,
+from .training import (PRESETS, FolderBusy, TrainConfig, TrainingDiverged, config_from, guided, image_shape, join_team, load_data, on_first,
                              pick_device, train as run_training, without_labels)
 
 # %% ../nbs/15_cli.ipynb #bfcf4ccb
@@ -143,11 +143,6 @@ def load_model(path:Path, device:str|torch.device="cpu") -> Preconditioned:   # 
     if not path.exists():
         raise UsageError(f"no model at {path}; expected a .safetensors file, or a run folder that holds model.safetensors")
     return checkpoints.load(path, device=device)
-
-def image_shape(denoise:Preconditioned) -> tuple[int, int, int]:   # C, H, W
-    "The shape of one image of this denoiser."
-    side = denoise.net.resolution
-    return (denoise.net.channels, *(side if isinstance(side, (tuple, list)) else (side, side)))
 
 # %% ../nbs/15_cli.ipynb #0b336dab
 def seed_labels(noise:SeededNoise,           # the streams of a batch

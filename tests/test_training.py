@@ -181,7 +181,23 @@ def test_configuration_round_trip_and_unknown_keys():
 
 @pytest.mark.parametrize("change, words", [
     (dict(sigma="normal"), "lognormal"), (dict(batch=0), "positive"), (dict(augment=1.5), "0 to 1"), (dict(precision="fp16"), "bf16"),
-    (dict(batch=10, micro_batch=3), "multiple"), (dict(conditional=False, label_dropout=0.1), "labels to drop")])
+    (dict(batch=10, micro_batch=3), "multiple"), (dict(conditional=False, label_dropout=0.1), "labels to drop"),
+    # wrong kinds
+    (dict(batch="64"), "batch is '64'; expected a positive whole number"), (dict(images=1000.0), "images is 1000.0"), (dict(batch=True), "whole"),
+    (dict(channels_last="yes"), "channels_last is 'yes'; expected true or false"), (dict(lr="1e-3"), "lr"), (dict(betas=0.9), "two numbers"),
+    (dict(network="tiny"), "network is 'tiny'; expected a table"), (dict(data=" "), "data is ' '"), (dict(sigma=["vp"]), "one of lognormal"),
+    # nonsense
+    (dict(data_limit=0), "data_limit"), (dict(data_limit=-5), "data_limit"), (dict(ema_rampup=-0.1), "ema_rampup"), (dict(save_every=-1), "save_every"),
+    (dict(adam_eps=-1e-8), "adam_eps"), (dict(ema_halflife=float("nan")), "ema_halflife"), (dict(lr=float("inf")), "lr is inf"),
+    (dict(betas=(0.9, 1.0)), "two numbers"), (dict(micro_batch=0), "micro_batch"), (dict(lr_rampup=-1), "lr_rampup"),
+    # tables
+    (dict(sigma_args={"P_men": 0.0}), "sigma_args of 'lognormal' has no P_men; expected some of P_mean, P_std"),
+    (dict(sigma="vp", sigma_args={"P_mean": 0.0}), "expected some of epsilon_t, beta_d, beta_min"),
+    (dict(sigma_args={"P_std": 0.0}), "positive levels that differ"), (dict(sigma_args={"P_std": -1.2}), "positive levels"),
+    (dict(sigma_args={"P_mean": "x"}), "cannot be used"), (dict(augment=0.1, augment_args={"xflp": 0.0}), "xflp; expected some of xflip"),
+    (dict(augment=0.1, augment_args={"xflip": 7.0}), "xflip = 7.0"), (dict(network={"arch": "tinny"}), "tinny.*tiny"),
+    (dict(network={"arch": "tiny", "model_channel": 8}), "no model_channel; expected some of arch, .*model_channels"),
+    (dict(precond={"scalings": "emd"}), "emd"), (dict(precond={"sigma_data": 0}), "sigma_data is 0"), (dict(precond={"sigma_date": 1}), "sigma_date")])
 def test_bad_configurations_say_what_is_wrong(change, words):
     with pytest.raises(ValueError, match=words): T.TrainConfig(**change)
 
@@ -282,6 +298,104 @@ def test_bf16_trains_close_to_fp32():
 def test_unlabelled_data_and_conditional_configuration_is_an_error():
     data = ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="no labels"): next(T.train(TOY, data=data))
+
+
+def test_nonsense_averages_are_errors():
+    for change in (dict(batch=0), dict(halflife=-1.0), dict(halflife=math.nan), dict(seen=-1), dict(rampup=-0.1)):
+        with pytest.raises(ValueError, match="expected batch > 0"): T.ema_beta(**(dict(batch=64, halflife=500.0, seen=100) | change))
+    for beta, batch in ((1.0, 64), (0.0, 64), (-0.5, 64), (0.9, 0)):
+        with pytest.raises(ValueError, match="expected 0 < beta < 1"): T.ema_halflife(beta, batch)
+
+
+def test_loss_and_denoiser_cannot_disagree_about_sigma_data():
+    y, s = torch.randn(3, 2, 4, 4, generator=gen()), torch.ones(3)
+    for own, other in ((0.5, 0.6), ((0.5, 0.7), 0.5), ((0.5, 0.7), (0.7, 0.5))):
+        with pytest.raises(ValueError, match="in the denoiser"): T.edm_loss(Preconditioned(Zero(), sigma_data=own), y, s, sigma_data=other)
+        T.edm_loss(Preconditioned(Zero(), sigma_data=own), y, s, sigma_data=own)
+
+
+def test_loss_per_sigma_goes_where_the_denoiser_is():
+    "A denoiser on the meta device takes meta tensors only."
+    class Asking(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros((), device="meta"))
+        def forward(self, x, sigma, class_labels=None):
+            assert {x.device.type, sigma.device.type, class_labels.device.type} == {"meta"}
+            raise KeyError("asked")
+    with pytest.raises(KeyError, match="asked"): T.loss_per_sigma(Asking(), digits(), torch.tensor([1.0]), n=4)
+
+
+def rectangles(n=64):
+    "Noise of 8 x 16 pixels, two classes."
+    return ImageSet(torch.randint(0, 256, (n, 1, 8, 16), generator=gen(), dtype=torch.uint8), torch.arange(n) % 2, "rectangles")
+
+
+def test_rectangles_train_and_sample_as_rectangles(tmp_path):
+    config = dataclasses.replace(TOY, images=128, log_every=64, grid_every=128)
+    model = T.fit(config, data=rectangles(), folder=tmp_path, device="cpu")
+    assert model.net.resolution == [8, 16] and T.image_shape(model) == (1, 8, 16)
+    assert T.sample_grid(model, rows=1, steps=2).shape == (10, 1, 8, 16)
+    assert (tmp_path/"samples"/"000000128.png").exists()
+    from edm_nb import checkpoints
+    assert T.image_shape(checkpoints.load(tmp_path)) == (1, 8, 16)
+
+
+def test_a_network_that_does_not_fit_the_data_is_refused():
+    for name, value in dict(resolution=16, channels=3, label_dim=11, augment_dim=9).items():
+        config = dataclasses.replace(TOY, network=dict(TOY.network, **{name: value}))
+        with pytest.raises(ValueError, match=f"network.{name} is {value}, but the data make it"): T.build_denoiser(config, digits())
+    with pytest.raises(ValueError, match="only square"): T.shrink(rectangles(), 4)
+
+
+def test_sigma_data_is_compared_with_the_data():
+    import warnings
+    start = lambda sigma_data, data: next(T.train(dataclasses.replace(TOY, images=320, precond=dict(scalings="edm", sigma_data=sigma_data)), data=data, device="cpu"))
+    with pytest.warns(UserWarning, match="sigma_data is set to 0.3") as caught: start(0.3, digits())
+    assert len([w for w in caught if "sigma_data" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(0.75, digits())
+        next(T.train(dataclasses.replace(TOY, images=320, precond=dict(scalings="vp", sigma_data=0.1)), data=digits(), device="cpu"))   # VP does not use it
+    flat = ImageSet(torch.full((32, 1, 8, 8), 7, dtype=torch.uint8), torch.zeros(32, dtype=torch.int64), "flat")
+    with pytest.raises(ValueError, match="'flat' are equal"): start(0.75, flat)
+
+
+def test_a_limited_set_is_a_fair_and_fixed_choice(tmp_path):
+    "The classes of a sorted folder all take part; the choice is the same for every seed."
+    data = digits()
+    from edm_nb.data import write_zip
+    write_zip(tmp_path/"sorted.zip", data.take(data.labels.sort(stable=True).indices))
+    config = dataclasses.replace(TOY, data=str(tmp_path/"sorted.zip"), data_limit=200)
+    some = T.load_data(config)
+    assert len(some) == 200 and some.label_dim == 10
+    assert (some.labels.bincount(minlength=10) > 8).all()
+    assert torch.equal(T.load_data(dataclasses.replace(config, seed=7)).images, some.images)
+    assert len(T.load_data(dataclasses.replace(config, data_limit=10**6))) == len(data)
+
+
+def test_facts_tell_sets_apart():
+    data = digits()
+    one = T.data_facts(data)
+    assert one == T.data_facts(digits()) and one["n"] == 1797 and one["shape"] == [1, 8, 8] and one["labels"] == "classes"
+    changed = data.images.clone(); changed[-1, 0, 7, 7] ^= 1
+    relabelled = data.labels.clone(); relabelled[0] = 9 - relabelled[0]
+    for other in (dataclasses.replace(data, images=changed), dataclasses.replace(data, labels=relabelled), dataclasses.replace(data, images=data.images.flip(0))):
+        assert T.data_facts(other)["sha256"] != one["sha256"]
+    large = T.data_facts(data, most=data.images.nbytes // 5)          # every fifth or sixth image is summed, in pieces or at once
+    assert large["sha256"] != one["sha256"] and large == T.data_facts(data, most=data.images.nbytes // 5)
+    vectors = ImageSet(torch.zeros(4, 4, 8, 8), torch.zeros(4, 3))
+    assert T.data_facts(vectors)["labels"] == "vectors" and T.data_facts(vectors)["dtype"] == "float32"
+
+
+def test_grids_of_vector_labels_show_the_data_s_own_labels():
+    seen = []
+    net = T.build_denoiser(TOY, digits()).eval()
+    plain = net.forward
+    net.forward = lambda x, sigma, class_labels=None, **more: (seen.append(class_labels), plain(x, sigma, class_labels))[1]
+    vectors = torch.rand(3, 10, generator=gen())
+    T.sample_grid(net, rows=1, steps=1, labels=vectors)
+    torch.testing.assert_close(seen[0], vectors[torch.arange(10) % 3], rtol=0, atol=0)
+    latents = ImageSet(torch.randn(32, 4, 8, 8, generator=gen()))
+    with pytest.raises(ValueError, match="grid_every"): T.check_data(dataclasses.replace(TOY, conditional=False, grid_every=64), latents)
 
 
 def test_shrink_averages_blocks():

@@ -96,6 +96,24 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another configuration.*lr: 0.002"): run_all(dataclasses.replace(TOY, lr=1.0), tmp_path)
 
 
+def test_other_data_in_the_same_folder_is_refused(tmp_path):
+    data, config = digits(), dataclasses.replace(TOY, images=64)
+    run_all(config, tmp_path, data=data)
+    changed = data.images.clone()
+    changed[3, 0, 2, 2] ^= 1
+    for other in (dataclasses.replace(data, images=changed), dataclasses.replace(data, images=data.images[:-1], labels=data.labels[:-1])):
+        with pytest.raises(ValueError, match="trained on other data.*sha256"): run_all(TOY, tmp_path, data=other)
+    assert run_all(dataclasses.replace(TOY, data="elsewhere.zip", images=128), tmp_path, data=data).images == 128      # a path may change
+
+
+def test_kept_models_stay(tmp_path):
+    for record in T.train(dataclasses.replace(TOY, images=320, keep_every=128, save_every=64), tmp_path, device="cpu"):
+        if record.images == 128: average = {k: v.clone() for k, v in record.state.ema.averages.items()}
+    assert [p.name for p in sorted(tmp_path.glob("model-*.safetensors"))] == [f"model-{n:09d}.safetensors" for n in (128, 256, 320)]
+    kept = checkpoints.load(T.model_at(tmp_path, 128))
+    assert all(torch.equal(p, average[k]) for k, p in kept.named_parameters())
+
+
 def poison(monkeypatch, when):
     "Make the loss NaN at chosen updates (counted from 0)."
     plain, count = T.backward, iter(range(10**9))
