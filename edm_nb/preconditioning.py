@@ -31,6 +31,7 @@ def edm_weight(sigma:Tensor|float,           # noise level, any shape, > 0
                sigma_data:Tensor|float=0.5,  # standard deviation of the data
               ) -> Tensor:                   # same shape as `sigma`
     "λ(σ) of the EDM column of Table 1 (Eq. 144); the denominator is a product."
+    require_noise_level(as_time(sigma_data), name="sigma_data")
     sigma = as_sigma(sigma)
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2
 
@@ -49,7 +50,8 @@ Scalings = tuple[Tensor, Tensor, Tensor, Tensor]   # c_skip, c_out, c_in, c_nois
 def edm_scalings(sigma:Tensor|float,             # noise level, any shape, > 0
                  sigma_data:Tensor|float=0.5,    # standard deviation of the data, in the data's units
                 ) -> Scalings:                   # c_skip, c_out, c_in, c_noise, the shape of sigma
-    "The EDM column of Table 1 (Eq. 131, 138, 117)."
+    "The EDM column of Table 1 (Eq. 131, 138, 117). ValueError for a sigma_data that is not positive."
+    require_noise_level(as_time(sigma_data), name="sigma_data")
     sigma = as_sigma(sigma)
     variance = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / variance
@@ -313,6 +315,7 @@ class Preconditioned(Parametrisation, nn.Module):
                 **cond,                              # anything else the network takes
                ) -> Tensor:                          # D(x; σ), `[B, C, ...]` in x's dtype, at least float32
         "Denoise x: coefficients in float64, the network in its own precision, the sum in that of x."
+        if not torch.is_tensor(x): raise ValueError(f"x: expected a torch tensor, got {type(x).__module__}.{type(x).__name__}; see torch.as_tensor")
         require_floating(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma_column(sigma, x), x.ndim)
@@ -392,7 +395,9 @@ def warn_sigma_data(sigma_data,           # the setting, a number or one per cha
                    ) -> bool:             # whether a warning was given
     "Warn where σ_data as set and as measured differ by more than 20 %."
     setting = as_sigma_data(sigma_data)
-    pairs = [(setting, scale.std)] if isinstance(setting, float) else list(zip(setting, scale.channel_std, strict=True))
+    if isinstance(setting, tuple) and len(setting) != len(scale.channel_std):
+        raise ValueError(f"sigma_data has {len(setting)} values, but the data have {len(scale.channel_std)} channels; give one per channel, or one for all")
+    pairs = [(setting, scale.std)] if isinstance(setting, float) else list(zip(setting, scale.channel_std))
     off = max(max(a, b) / min(a, b) - 1 if b > 0 else math.inf for a, b in pairs)
     if off > tolerance:
         warnings.warn(f"sigma_data is set to {setting}, but the {scale.n} images measured have {[round(b, 4) for _, b in pairs]}; "
@@ -427,11 +432,12 @@ def start_divergence(images:Tensor,        # data `[N, ...]`, as `as_values` ret
 # %% ../nbs/03_preconditioning.ipynb #f4464428
 def value_step(values:Tensor,      # data, any shape
                most:int=1024,      # more distinct values than this count as continuous
-              ) -> float|None:     # smallest distance of two distinct values, or None
-    "The step between grey levels, where the data have steps."
+              ) -> float|None:     # median distance of neighbouring values, or None
+    "The step between grey levels, where the data have steps; values closer than 1e-6 of the range are one value, rounded differently."
     distinct = values.flatten()[:2**20].unique()
-    if not 2 <= len(distinct) <= most: return None
-    return float(distinct.diff().min())
+    gaps = distinct.diff()
+    gaps = gaps[gaps > 1e-6 * (distinct[-1] - distinct[0])]
+    return float(gaps.median()) if 1 <= len(gaps) < most else None
 
 # %% ../nbs/03_preconditioning.ipynb #7ac24074
 def solve_level(f:Callable,        # decreasing function of σ
@@ -466,7 +472,7 @@ def suggest_settings(images,                # tensor `[N, ...]` or ImageSet; a f
     sigma_data = estimate_sigma_data(values).std
     if sigma_data == 0: raise ValueError("all values are equal: there is nothing to learn, and no scale to measure")
     step = value_step(values)
-    sigma_min = step / math.sqrt(12) if step else 0.004 * sigma_data
+    sigma_min = min(step / math.sqrt(12), 0.05 * sigma_data) if step else 0.004 * sigma_data
     sigma_max = solve_level(start_divergence(values[:most]), nats, sigma_data)
     return Suggestion(sigma_data, math.log(sigma_data) - 1.2 - math.log(0.5), 1.2, sigma_min, sigma_max)
 

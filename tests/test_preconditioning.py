@@ -505,6 +505,34 @@ def test_value_step():
         suggest_settings(torch.ones(10, 2))
 
 
+def test_value_step_sees_through_rounding_and_gaps():
+    # 0.3 and 0.1 + 0.2 are one grey level, and a level that no pixel takes does not change the step
+    assert value_step(torch.tensor([0.0, 0.1, 0.3, 0.1 + 0.2, 0.2, 0.5], dtype=torch.float64)) == pytest.approx(0.1)
+    assert value_step(torch.tensor([0.7, 0.7 + 1e-18])) is None
+    assert value_step(10 * torch.tensor([0.0, 0.3, 0.1 + 0.2, 1.0], dtype=torch.float64)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1000.0])
+def test_few_grey_levels_do_not_stop_the_sampler_early(unit):
+    bits = unit * (2.0 * torch.randint(2, (200, 1, 4, 4), generator=torch.Generator().manual_seed(0)) - 1)
+    found = suggest_settings(bits)
+    assert found.sigma_min == pytest.approx(0.05 * found.sigma_data) and found.sigma_data == pytest.approx(unit, rel=0.01)
+
+
+@pytest.mark.parametrize("sigma_data", [-1.0, 0.0, float("nan"), torch.tensor([0.5, -0.5])])
+def test_a_sigma_data_that_is_not_positive_is_refused_by_the_formulas(sigma_data):
+    for formula in (edm_scalings, edm_weight, lambda s, d: loss_weight(s, sigma_data=d)):
+        with pytest.raises(ValueError, match="sigma_data must be finite and > 0"):
+            formula(1.0, sigma_data)
+
+
+def test_wrong_kinds_are_named():
+    with pytest.raises(ValueError, match="expected a torch tensor, got numpy.ndarray"):
+        Preconditioned(Conv())(torch.zeros(2, 3, 4, 4).numpy(), 1.0)
+    with pytest.raises(ValueError, match="2 values, but the data have 3 channels"):
+        estimate_sigma_data(torch.randn(4, 3, 2, 2), sigma_data=[0.5, 0.5])
+
+
 # ---------------------------------------------------------------- rows beyond Table 1
 
 def test_rectified_flow_is_the_same_ode():
