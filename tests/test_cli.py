@@ -1,8 +1,11 @@
 """The command line: what it writes, what it refuses, and that an image is its seed's."""
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,23 @@ def test_classes_change_the_image(model, tmp_path):
     (["train", "no-such-preset", "--out", "run"], "digits"),
     (["train", "toy", "--out", "run", "--data", "nowhere.zip"], "nowhere.zip"),
     (["train", "toy", "--out", "run", "--precision", "fp8"], "bf16"),
+    (["sample", "MODEL", "--out", "x.jpg"], ".png, .npz, .zip"),
+    (["sample", "MODEL", "--out", "x.png", "--seeds", "0-1000000000000"], "more than 10,000,000"),
+    (["sample", "MODEL", "--out", "x.png", "--classes", ""], "--classes ''"),
+    (["sample", "MODEL", "--out", "x.png", "--sigma-min", "-1"], "--sigma-min -1"),
+    (["sample", "MODEL", "--out", "x.png", "--at", "7"], "no model at 7 images; kept were: none"),
+    (["sample", "MODEL", "--out", "x.png", "--labels", "nowhere.npy"], "nowhere.npy"),
+    (["stats", "digits", "--out", "x.json"], ".npz"),
+    (["fid", "MODEL", "--ref", "digits", "--out", "x.png"], ".json"),
+    (["train", "toy", "--out", "run", "--data", ""], "data is ''"),
+    (["train", "toy", "--out", "run", "--set", "lr"], "key=value"),
+    (["train", "toy", "--out", "run", "--set", "learning_rate=1"], "no value 'learning_rate'; there are data, "),
+    (["train", "toy", "--out", "run", "--set", "lr.max=1"], "only network, precond, sigma_args, augment_args, expected"),
+    (["train", "toy", "--out", "run", "--set", "network.model_chanels=8"], "model_channels"),
+    (["train", "toy", "--out", "run", "--set", "batch=many"], "batch is 'many'"),
+    (["train", "toy", "--out", "run", "--sigma-data", "much"], "auto or a number"),
+    (["train", "toy", "--out", "run", "--sigma-data", "-1"], "sigma_data is -1"),
+    (["train", "toy", "--out", "run", "--no-conditional", "--set", "label_dropout=0.1"], "no labels to drop"),
     (["convert", "nowhere.pkl", "--out", "m"], "nowhere.pkl"),
     (["stats", "nowhere", "--out", "x.npz"], "nowhere"),
     (["fid", "nowhere", "--ref", "digits", "--out", "x.json"], "nowhere"),
@@ -139,6 +159,8 @@ def test_stats_and_fid_agree_with_the_functions(tmp_path):
     data = digits()
     write_zip(tmp_path / "half.zip", data.take(slice(0, 900)))
     assert edm_nb("stats", "digits", "--features", "pixels", "--out", tmp_path / "ref.npz").exit_code == 0
+    own = edm_nb("fid", tmp_path / "ref.npz", "--ref", "digits", "--features", "pixels", "--out", tmp_path / "own.json")   # both sides ready-made
+    assert own.exit_code == 0 and json.loads((tmp_path / "own.json").read_text())["mean"] < 1e-8, own.output
     for reference in (tmp_path / "ref.npz", "digits"):
         out = tmp_path / f"{Path(str(reference)).stem}.json"
         done = edm_nb("fid", tmp_path / "half.zip", "--ref", reference, "--features", "pixels", "--out", out)
@@ -148,6 +170,7 @@ def test_stats_and_fid_agree_with_the_functions(tmp_path):
         result = json.loads(out.read_text())
         assert result["mean"] == pytest.approx(expected, rel=1e-9)
         assert result["protocol"]["features"] == "pixels-1x8x8" and result["protocol"]["n"] == 900
+        assert result["protocol"]["split"] == ("all" if reference == "digits" else "unknown")
 
 
 def test_fid_of_a_model_reports_three_seed_ranges(model, tmp_path):
@@ -207,3 +230,113 @@ def test_unknown_devices_are_one_line(tmp_path):
         done = edm_nb("train", "toy", "--images", 64, "--device", device, "--out", tmp_path / "run")
         assert done.exit_code == 2 and "this machine has cpu" in done.output, done.output
     assert not (tmp_path / "run").exists()
+
+
+def test_any_value_can_be_set_and_ends_up_in_the_run(tmp_path):
+    done = edm_nb("train", "toy", "--images", 64, "--no-conditional", "--set", "network.dropout=0.25", "--set", "betas=[0.8, 0.9]", "--set", "sigma=ve", "--set", "sigma_args={}",
+                  "--set", "precision=fp32", "--sigma-data", "auto", "--device", "cpu", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["network"]["dropout"] == 0.25 and config["betas"] == [0.8, 0.9] and config["sigma"] == "ve" and config["conditional"] is False
+    measured = float((digits().images.double() / 127.5 - 1).std())
+    assert config["precond"]["sigma_data"] == pytest.approx(measured, rel=1e-3)
+    assert "warning" not in done.output
+    off = edm_nb("train", "toy", "--images", 64, "--sigma-data", 0.2, "--device", "cpu", "--out", tmp_path / "off")
+    assert off.exit_code == 0 and off.output.count("edm-nb: warning: sigma_data is set to 0.2") == 1, off.output
+
+
+def test_unlabelled_data_names_the_option(tmp_path):
+    write_zip(tmp_path / "plain.zip", dataclasses.replace(digits().take(slice(0, 80)), labels=None, class_names=()))
+    run = ["train", "toy", "--images", 64, "--data", tmp_path / "plain.zip", "--device", "cpu", "--out", tmp_path / "run"]
+    refused = edm_nb(*run)
+    assert refused.exit_code == 2 and "--no-conditional" in refused.output
+    assert edm_nb(*run, "--no-conditional").exit_code == 0
+
+
+def test_presets_version_and_suggestions_are_printed():
+    listed = edm_nb("presets")
+    assert listed.exit_code == 0
+    for name, line in zip(cli.PRESETS, listed.output.splitlines(), strict=True):
+        assert line.split()[0] == name and f"{cli.PRESETS[name].images:,} images" in line
+    from edm_nb import __version__
+    assert edm_nb("--version").output.strip() == f"edm-nb {__version__}"
+    suggested = json.loads(edm_nb("suggest", "digits").output)
+    assert suggested["sigma_data"] == pytest.approx(0.7518, abs=1e-3) and suggested["P_std"] == 1.2
+    assert "edm-nb presets" in " ".join(edm_nb("train", "--help").output.split())
+
+
+def test_kept_models_are_sampled_and_measured_by_name(tmp_path):
+    assert edm_nb("train", "toy", "--images", 1024, "--keep-models", 256, "--device", "cpu", "--out", tmp_path / "run").exit_code == 0
+    draw = ["sample", tmp_path / "run", "--seeds", "0-3", "--steps", 4, "--device", "cpu"]
+    for name, more in dict(early=["--at", 256], late=["--at", 1024], last=[]).items():
+        assert edm_nb(*draw, *more, "--out", tmp_path / f"{name}.npz").exit_code == 0
+    early, late, last = (images_of(tmp_path / f"{name}.npz") for name in ("early", "late", "last"))
+    assert all((late[s] == last[s]).all() for s in late) and any((early[s] != last[s]).any() for s in late)
+    missing = edm_nb(*draw, "--at", 300, "--out", tmp_path / "x.npz")
+    assert missing.exit_code == 2 and "256, 512, 768, 1,024" in missing.output
+    done = edm_nb("fid", tmp_path / "run", "--at", 256, "--ref", "digits", "--n", 80, "--repeats", 1, "--steps", 2, "--device", "cpu",
+                  "--out", tmp_path / "d.json")
+    assert done.exit_code == 0, done.output
+    protocol = json.loads((tmp_path / "d.json").read_text())["protocol"]
+    assert protocol["ema"] == "model-000000256.safetensors" and protocol["features"] == "pixels-1x8x8"      # chosen by the shape
+
+
+def test_features_follow_the_shape():
+    assert cli.feature_network(None, (3, 32, 32)).name == "cifar-features"
+    assert cli.feature_network(None, (3, 16, 16)).name == "pixels-3x16x16"
+
+
+def test_latents_stay_numbers(tmp_path):
+    "Float data with four channels: trained, drawn as float32, and nothing that needs a picture."
+    images = 3 * torch.randn(80, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "latents.npz", images=images.numpy())
+    assert edm_nb("train", "toy", "--images", 64, "--data", tmp_path / "latents.npz", "--no-conditional", "--sigma-data", "auto", "--device", "cpu",
+                  "--out", tmp_path / "run").exit_code == 0
+    draw = ["sample", tmp_path / "run", "--seeds", "0-3", "--steps", 2, "--device", "cpu", "--out"]
+    for name in ("x.png", "x.zip", "x"):
+        refused = edm_nb(*draw, tmp_path / name)
+        assert refused.exit_code == 2 and "4 channels" in refused.output and not (tmp_path / name).exists()
+    assert edm_nb(*draw, tmp_path / "x.npz", "--sigma-max", 10).exit_code == 0
+    with np.load(tmp_path / "x.npz") as file: drawn = file["images"]
+    assert drawn.dtype == np.float32 and drawn.shape == (4, 4, 8, 8) and np.abs(drawn).max() > 1.5
+    assert len(load_images(tmp_path / "x.npz")) == 4
+    fid = edm_nb("fid", tmp_path / "run", "--ref", "digits", "--out", tmp_path / "d.json")
+    assert fid.exit_code == 2 and "float data" in fid.output
+
+
+def test_label_vectors_have_to_be_given(tmp_path):
+    vectors = torch.rand(80, 3, generator=torch.Generator().manual_seed(0))
+    write_zip(tmp_path / "vectors.zip", dataclasses.replace(digits().take(slice(0, 80)), labels=vectors, class_names=()))
+    assert edm_nb("train", "toy", "--images", 64, "--data", tmp_path / "vectors.zip", "--device", "cpu", "--out", tmp_path / "run").exit_code == 0
+    draw = ["sample", tmp_path / "run", "--seeds", "0-3", "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.npz"]
+    refused = edm_nb(*draw)
+    assert refused.exit_code == 2 and "--labels file.npy" in refused.output
+    np.save(tmp_path / "wide.npy", np.zeros((2, 5)))
+    assert "the model takes [N, 3]" in edm_nb(*draw, "--labels", tmp_path / "wide.npy").output
+    np.save(tmp_path / "two.npy", vectors[:2].numpy())
+    assert edm_nb(*draw, "--labels", tmp_path / "two.npy").exit_code == 0
+    with np.load(tmp_path / "x.npz") as file: np.testing.assert_array_equal(file["labels"], vectors[[0, 1, 0, 1]].numpy())
+
+
+def test_guidance_without_dropped_labels_is_warned_about(tmp_path):
+    for name, more in dict(never=[], sometimes=["--set", "label_dropout=0.1"]).items():
+        assert edm_nb("train", "toy", "--images", 64, *more, "--device", "cpu", "--out", tmp_path / name).exit_code == 0
+        done = edm_nb("sample", tmp_path / name, "--seeds", 0, "--steps", 2, "--guidance", 1, "--device", "cpu", "--out", tmp_path / f"{name}.npz")
+        assert done.exit_code == 0 and ("edm-nb: warning: this model was trained with label_dropout 0" in done.output) == (name == "never"), done.output
+    plain = edm_nb("sample", tmp_path / "never", "--seeds", 0, "--steps", 2, "--device", "cpu", "--out", tmp_path / "plain.npz")
+    assert "warning" not in plain.output
+
+
+def test_sigterm_ends_a_training_with_its_state_and_143(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "edm_nb.cli", "train", "toy", "--images", "10000000", "--set", "save_every=0", "--device", "cpu",
+                                "--out", str(tmp_path / "run")], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 100
+        while not (tmp_path / "run/log.jsonl").exists() or not (tmp_path / "run/log.jsonl").read_text():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally: process.kill()
+    assert process.returncode == 143
+    assert checkpoints.load_state(tmp_path / "run/state")[1]["images"] >= 512
