@@ -2,6 +2,7 @@
 
     python benchmarks/churn_study.py ideal      # Langevin iterations with the ideal denoiser over CIFAR-10 images
     python benchmarks/churn_study.py learned    # the same with the learned digits denoiser
+    python benchmarks/churn_study.py many       # both again with 32 images a setting, 1,000 iterations: numbers, no pictures
     python benchmarks/churn_study.py ablation   # S_churn, S_tmin, S_tmax, S_noise, steps: Frechet distance, three seeds
 
 Every part writes its own file in results/ after each setting, and a second run goes on where the first one stopped
@@ -117,6 +118,37 @@ def learned(arguments):
         sheet(record, arguments.out/"langevin_learned.png")
 
 
+def ends(denoise, x, sigma, last, S_noise, seed, **cond):
+    "The same statistics per image before the first and after the last iteration, for paired differences."
+    noise = SeededNoise(range(seed, seed + len(x)))
+    noise.randn_like(x)   # the numbers that made x, skipped
+    found = {}
+    for k, state in langevin_states(denoise, x, sigma, [0, last], S_noise, randn_like=noise.randn_like, **cond):
+        with torch.no_grad(): D = denoise(state, state.new_tensor(sigma), **cond).double()
+        found["last" if k else "first"] = {name: [round(v, 6) for v in value.tolist()] for name, value in look(D).items()}
+    return {"sigma": sigma, "S_noise": S_noise, "n": len(x), "seed": seed, "iterations": last, **found}
+
+
+def many(arguments):
+    "Figure 14 in numbers: enough images that a drift can be told from the scatter between images."
+    n, last, stored = (32, 1000, 500) if not arguments.quick else (4, 5, 50)
+    network, data = load(arguments.model), digits()
+    photos = to_float(cifar10().images[:stored]).double()
+    record = Record(arguments.out/"langevin_many.json", f"Langevin iterations, gamma = sqrt(2) - 1, {n} images a setting: ideal denoiser over "
+                    f"the first {stored} CIFAR-10 training images, JPEG-recoded; learned denoiser {Path(arguments.model).name}, "
+                    "class-conditional, digits 8x8", arguments.fresh)
+    few = IdealDenoiser(photos.float())
+    picks = torch.randperm(stored, generator=torch.Generator().manual_seed(0))[:n]
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:n]
+    labels = one_hot(data.labels[chosen], data.label_dim)
+    for S_noise in (1.0, 1.01):
+        for sigma in (0.05, 0.2, 2.0):
+            x = start(to_float(data.images[chosen]).double(), sigma, 100)
+            record.measure(f"learned, sigma {sigma:g}, S_noise {S_noise:g}", ends, network, x, sigma, last, S_noise, 100, class_labels=labels)
+        for sigma in (0.2, 2.0, 10.0):
+            record.measure(f"ideal, sigma {sigma:g}, S_noise {S_noise:g}", ends, few, start(photos[picks], sigma, 100), sigma, last, S_noise, 100)
+
+
 # ---------------------------------------------------------------- ablation
 
 def ablation(arguments):
@@ -174,7 +206,7 @@ def ablation(arguments):
                        generated, group, steps, churn)
 
 
-PARTS = {"ideal": ideal, "learned": learned, "ablation": ablation}
+PARTS = {"ideal": ideal, "learned": learned, "many": many, "ablation": ablation}
 
 
 def main():
