@@ -19,7 +19,7 @@ from .ode_solvers import Flow, check_sigmas, check_state, coefficients, heun, is
 
 # %% ../nbs/02_stochastic.ipynb #104925d5
 class SeededNoise:
-    "One random stream per image: row b of every draw depends on seeds[b] alone, never on the batch around it."
+    "One random stream per image: row b of `[B, ...]` depends on seeds[b] alone. ValueError for no seed, or one outside [0, 2^32)."
     def __init__(self,
                  seeds:Iterable[int],            # one integer in [0, 2^32) per image of the batch
                  device:torch.device|str="cpu",  # where numbers are drawn; the CPU gives the same ones on every machine
@@ -42,7 +42,7 @@ class SeededNoise:
     def fill_(self,
               out:Tensor,  # `[B, ...]`, overwritten; any float dtype and device
              ) -> Tensor:  # `out`
-        "Unit noise into memory that exists. Always drawn in float32, so that every dtype sees the same numbers."
+        "Unit noise, drawn in float32 so that every dtype sees the same numbers. ValueError where B is not the number of seeds."
         row = torch.empty(out.shape[1:], device=self.device)   # one image, not one batch
         for image, generator in self.rows(out): image.copy_(row.normal_(generator=generator))
         return out
@@ -52,13 +52,13 @@ class SeededNoise:
               dtype:torch.dtype=torch.float64,    # of the result
               device:torch.device|str|None=None,  # of the result
              ) -> Tensor:                         # fresh unit noise
-        "The first noise of a sampler."
+        "The first noise of a sampler, unit variance. ValueError where B is not the number of seeds."
         return self.fill_(torch.empty(shape, dtype=dtype, device=device or self.device))
 
     def randn_like(self,
                    x:Tensor,   # `[B, ...]`
                   ) -> Tensor: # fresh unit noise with its shape, dtype and device
-        "What samplers take as their `randn_like`."
+        "What samplers take as their `randn_like`. ValueError where B is not the number of seeds."
         return self.fill_(torch.empty_like(x))
 
     def randint(self,
@@ -66,7 +66,7 @@ class SeededNoise:
                 shape:Sequence[int],                # `[B, ...]`
                 device:torch.device|str|None=None,  # of the result
                ) -> Tensor:                         # int64 in [0, high)
-        "Integers, for labels that follow the seed as well."
+        "Integers `[B, ...]`, for labels that follow the seed as well. ValueError where B is not the number of seeds."
         out = torch.empty(shape, dtype=torch.int64, device=self.device)
         for row, generator in self.rows(out): row.random_(0, high, generator=generator)
         return out.to(device or self.device)
@@ -75,7 +75,7 @@ class SeededNoise:
 def fill_noise(out:Tensor,           # overwritten with unit normal noise
                randn_like:Callable,  # where the numbers come from
               ) -> Tensor:           # `out`
-    "Draw noise into memory that exists; only an unknown `randn_like` has to allocate, and its tensor is left untouched."
+    "Unit noise in the shape of `out`, without a new tensor unless `randn_like` makes one. ValueError where SeededNoise has other rows."
     if randn_like is torch.randn_like: return out.normal_()
     source = getattr(randn_like, "__self__", None)
     return source.fill_(out) if isinstance(source, SeededNoise) else out.copy_(randn_like(out))
@@ -84,9 +84,9 @@ def fill_noise(out:Tensor,           # overwritten with unit normal noise
 def sde_coefficients(flow:Flow,      # for sigma(t), s(t) and their derivatives
                      t:float,        # time now
                      t_next:float,   # time after the step: larger runs forward, smaller backward
-                     beta:Callable,  # β(t) ≥ 0, of a float
+                     beta:Callable,  # β(t) ≥ 0, of a float, per unit of time
                     ) -> tuple[float, float, float]:  # a, b, c
-    "One Euler-Maruyama step of Eq. 6 is x ← a x + b D(x/s; σ) + c ε. No noise on the step that ends at σ = 0."
+    "One Euler-Maruyama step of Eq. 6: x ← a x + b D(x/s; σ) + c ε, with c = 0 where it ends at σ = 0. ValueError for β(t) < 0 or not finite."
     sigma, dsigma, s, ds = flow.at(t)
     dt = t_next - t
     rate = 0.0 if flow.at(t_next)[0] == 0 else float(beta(t)) * abs(dt)
@@ -99,7 +99,7 @@ def denoised_apart(flow:Flow,      # denoiser, schedule and conditioning
                    t:float,        # its time
                    buffer:Tensor,  # like `x`; used where s(t) is not 1
                   ) -> Tensor:     # D(x/s; sigma), in memory that is not the state's
-    "D for loops that work in place. ValueError where its shape is not that of `x`."
+    "D, like `x`, for loops that work in place. ValueError where its shape is not that of `x`."
     sigma, _, s, _ = flow.at(t)
     clean = x if s == 1 else torch.div(x, s, out=buffer)
     D = flow.denoise(clean, x.new_full((), sigma), **flow.cond)
@@ -114,7 +114,7 @@ def sde_loop(flow:Flow,            # denoiser, schedule and conditioning
              beta:Callable,        # β(t) ≥ 0
              randn_like:Callable,  # source of noise
             ) -> Iterator[Tensor]: # `x` itself, after every step
-    "Euler-Maruyama on Eq. 6 in place: one buffer for any number of steps."
+    "Euler-Maruyama on Eq. 6 in place, `[B, ...]`: one buffer for any number of steps. ValueError for a bad β(t) or a D of another shape."
     buffer = torch.empty_like(x)
     for t, t_next in zip(times, times[1:]):
         a, b, c = sde_coefficients(flow, t, t_next, beta)
@@ -133,7 +133,7 @@ def sde_states(denoise:Callable,              # D(x; sigma, **cond)
                dtype:torch.dtype|None=None,   # of the state; float64 where the device has it
                **cond,                        # for the denoiser
               ) -> Iterator[Tensor]:          # the state at every level, the first included; copies
-    "Eq. 6 in either direction of time, as a generator. ValueError for bad input."
+    "Eq. 6 in either direction of time, as a generator. ValueError for levels not monotonic, a start at 0, a bad state or β(t)."
     levels, x = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"), check_state(x, dtype, "x").clone()
     check_sigmas(levels if levels[0] > levels[-1] else levels.flip(0))
     if levels[0] == 0: raise ValueError("the forward SDE cannot start at sigma = 0, where the score is infinite: start just above")
@@ -177,7 +177,7 @@ def collect(states:Iterable,       # a generator of this chapter, or any other
             total:int|None=None,   # how many to expect, for the bar
             progress:bool=True,    # show a bar
            ) -> list:              # what was yielded, even when interrupted
-    "Gather what a long loop yields. Ctrl-C ends the loop and keeps all that came before it."
+    "Gather what a long loop yields. Ctrl-C ends the loop, warns, and keeps all that came before it."
     from tqdm import tqdm
     kept = []
     try:
@@ -189,7 +189,7 @@ def collect(states:Iterable,       # a generator of this chapter, or any other
 # %% ../nbs/02_stochastic.ipynb #3729d835
 def song_beta(schedule:Schedule=LINEAR,  # its σ(t) sets β
              ) -> Callable:              # β(t) = σ̇/σ, a function of a float
-    "The β for which the score drops out of the forward SDE: Song et al.'s choice."
+    "β = σ̇/σ, in 1/time: the choice for which the score drops out of the forward SDE (Song et al.). The caller's t must have σ(t) > 0."
     def beta(t:float) -> float:
         sigma, dsigma, _, _ = coefficients(torch.tensor([t], dtype=torch.float64), schedule)[0]
         return dsigma / sigma
@@ -201,9 +201,9 @@ MAX_GAMMA = math.sqrt(2) - 1   # at most doubles the variance of the noise: neve
 # %% ../nbs/02_stochastic.ipynb #370468cd
 @dataclass(frozen=True)
 class Churn:
-    "How much noise Algorithm 2 adds, where, and how strong; the defaults add none."
+    "How much noise Algorithm 2 adds, where, and how strong; the defaults add none. ValueError for values that make no sense."
     S_churn:float = 0.0      # total amount, spread over the steps
-    S_tmin:float = 0.0       # no noise below this sigma
+    S_tmin:float = 0.0       # no noise below this sigma, in units of the data
     S_tmax:float = math.inf  # nor above this one
     S_noise:float = 1.0      # factor on the standard deviation of new noise, slightly above 1
 
@@ -220,13 +220,14 @@ class Churn:
 def churn_gammas(sigmas:Tensor,  # `[n+1]` noise levels; the last one starts no step
                  churn:Churn,    # how much and where
                 ) -> list[float]:  # n factors γ_i in [0, √2 - 1]
-    "γ_i of Algorithm 2: min(S_churn/N, √2 - 1) inside [S_tmin, S_tmax], else 0."
+    "γ_i of Algorithm 2, a fraction of σ: min(S_churn/N, √2 - 1) inside [S_tmin, S_tmax], else 0. ValueError for fewer than two levels."
     n = len(sigmas) - 1
+    if n < 1: raise ValueError(f"churn is spread over the steps between noise levels, so it takes at least two levels, got {len(sigmas)}")
     gamma = min(churn.S_churn/n, MAX_GAMMA)
     return [gamma if churn.S_tmin <= sigma <= churn.S_tmax else 0.0 for sigma in sigmas[:-1].tolist()]
 
 # %% ../nbs/02_stochastic.ipynb #d13bf8bd
-BEST_CHURN = {   # found by grid search for the published networks
+BEST_CHURN = {   # found by grid search for the published networks, whose N matters: known is N = 256 for imagenet64-edm (NVlabs/edm, README)
     "cifar10-vp":     Churn(S_churn=30, S_tmin=0.01, S_tmax=1, S_noise=1.007),
     "cifar10-ve":     Churn(S_churn=80, S_tmin=0.05, S_tmax=1, S_noise=1.007),
     "imagenet64-adm": Churn(S_churn=80, S_tmin=0.05, S_tmax=50, S_noise=1.003),   # pretrained by others
@@ -238,8 +239,8 @@ def churn_target(flow:Flow,     # for sigma(t) and its inverse
                  t:float,       # time now
                  gamma:float,   # relative growth of sigma
                  round_sigma:Callable|None=None,  # to the levels a network knows
-                ) -> tuple[float, float]:  # t_hat, sigma_hat
-    "Where the churn leads: σ̂ = (1 + γ) σ, rounded if asked, never below σ."
+                ) -> tuple[float, float]:  # t_hat in units of time, sigma_hat in units of the data
+    "Where the churn leads: σ̂ = (1 + γ) σ, rounded if asked, never below σ (Algorithm 2)."
     sigma = flow.at(t)[0]
     sigma_hat = torch.tensor(sigma*(1 + gamma), dtype=torch.float64)
     if round_sigma is not None: sigma_hat = torch.as_tensor(round_sigma(sigma_hat), dtype=torch.float64).cpu()
@@ -248,7 +249,7 @@ def churn_target(flow:Flow,     # for sigma(t) and its inverse
 
 # %% ../nbs/02_stochastic.ipynb #09eb4476
 def add_churn(flow:Flow,                     # for sigma(t) and s(t)
-              x:Tensor,                      # state at t; left untouched
+              x:Tensor,                      # state at t, `[B, ...]`; left untouched
               t:float,                       # time now
               gamma:float,                   # relative growth of sigma; 0 changes nothing and draws nothing
               S_noise:float=1.0,             # factor on the new noise
@@ -256,7 +257,7 @@ def add_churn(flow:Flow,                     # for sigma(t) and s(t)
               out:Tensor|None=None,          # where x_hat goes; a new tensor by default
               round_sigma:Callable|None=None,  # to the levels a network knows
              ) -> tuple[Tensor, float]:      # x_hat, t_hat
-    "The churn of Algorithm 2: raise the noise level from σ to σ̂ by adding exactly the variance that is missing."
+    "Churn of Algorithm 2: x̂ = ŝ (x/s + √(σ̂² - σ²) S_noise ε), like `x`. ValueError where SeededNoise has other rows."
     t_hat, sigma_hat = churn_target(flow, t, gamma, round_sigma)
     if t_hat == t: return x, t
     sigma, s, s_hat = flow.at(t)[0], flow.at(t)[2], flow.at(t_hat)[2]
@@ -265,13 +266,13 @@ def add_churn(flow:Flow,                     # for sigma(t) and s(t)
 
 # %% ../nbs/02_stochastic.ipynb #3644cad2
 def churn_loop(flow:Flow,              # denoiser, schedule and conditioning
-               x:Tensor,               # state at times[0]
+               x:Tensor,               # state at times[0], `[B, ...]`
                times:list[float],      # `[n+1]`, falling
                gammas:list[float],     # `[n]`
                solver:Callable=heun,   # solver step
                **churning,             # S_noise, randn_like, round_sigma for `add_churn`
               ) -> Iterator[Tensor]:   # the state at every time, the first included
-    "Algorithm 2: churn up to t_hat, then one ODE step from (x_hat, t_hat) down to t_next. Every state is a new tensor."
+    "Algorithm 2: churn up to t_hat, then one ODE step from (x_hat, t_hat) to t_next. New tensors; ValueError from noise, denoiser or solver."
     yield x
     history = []
     for t, t_next, gamma in zip(times, times[1:], gammas):
@@ -320,12 +321,12 @@ def sample(denoise:Callable,             # D(x; sigma, **cond)
 
 # %% ../nbs/02_stochastic.ipynb #c3823a71
 def heun_in_place(flow:Flow,      # with σ = t and s = 1
-                  x_hat:Tensor,   # state at t_hat; becomes the state at t
+                  x_hat:Tensor,   # `[B, ...]`, state at t_hat; becomes the state at t
                   t_hat:float,    # where the step starts
                   t:float,        # where it ends; above 0
                   buffer:Tensor,  # like `x_hat`; overwritten
                  ) -> Tensor:     # `x_hat`
-    "Heun's step from t_hat to t in two buffers: every stage is a weighted sum of x_hat, D and the Euler point."
+    "Heun's step from t_hat to t in two buffers: every stage is a sum of x_hat, D and the Euler point. ValueError for a D of another shape."
     half = (t - t_hat) / 2
     D = denoised_apart(flow, x_hat, t_hat, buffer)
     euler = torch.mul(x_hat, t/t_hat, out=buffer).add_(D, alpha=1 - t/t_hat)
@@ -336,13 +337,13 @@ def heun_in_place(flow:Flow,      # with σ = t and s = 1
 # %% ../nbs/02_stochastic.ipynb #bcbdb325
 @torch.no_grad()
 def langevin_loop(flow:Flow,            # with σ = t and s = 1
-                  x:Tensor,             # state at noise level t; OVERWRITTEN
+                  x:Tensor,             # `[B, ...]`, state at noise level t; OVERWRITTEN
                   t:float,              # the noise level
                   gamma:float,          # relative growth of sigma in one iteration
                   S_noise:float,        # factor on the new noise
                   randn_like:Callable,  # source of noise
                  ) -> Iterator[Tensor]: # the state after every iteration; it lives in one of the two buffers
-    "Add noise, take it away again, for ever, in two buffers."
+    "Add noise, take it away again, for ever, in two buffers (Figure 14). ValueError for a D of another shape."
     buffer = torch.empty_like(x)
     while True:
         x_hat, t_hat = add_churn(flow, x, t, gamma, S_noise, randn_like, out=buffer)
@@ -353,7 +354,7 @@ def langevin_loop(flow:Flow,            # with σ = t and s = 1
 def pick(states:Iterator[Tensor],  # state 0, 1, 2, ... of a loop that reuses its memory
          at:list[int],             # which to report, rising
         ) -> Iterator[tuple[int, Tensor]]:  # (number, copy)
-    "Copies of the chosen states; the loop runs no further than the last of them."
+    "Copies of the chosen states, shape as they are; the loop runs no further than the last of them."
     seen = 0
     for stop in at:
         state = next(itertools.islice(states, stop - seen, None))

@@ -87,6 +87,11 @@ def test_gamma_is_the_smaller_of_the_two_and_zero_outside():
     assert MAX_GAMMA == pytest.approx(0.41421356237, abs=1e-11)
 
 
+@pytest.mark.parametrize("levels", [[], [1.0]])
+def test_churn_needs_a_step_to_be_spread_over(levels):
+    with pytest.raises(ValueError, match=f"at least two levels, got {len(levels)}"): churn_gammas(torch.tensor(levels), Churn(30))
+
+
 def test_one_draw_per_churned_step():
     sigmas, draws = edm_sigmas(12), []
     def counting(x):
