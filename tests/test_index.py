@@ -28,3 +28,10 @@ def test_symbols_are_names_of_the_package():
     listed = symbols()
     assert len(listed) >= 25
     assert set(listed) - names_in_package() == set()
+
+
+def test_symbols_of_table_1_and_of_the_sde_are_listed():
+    "What chapters 00 to 02 use in their formulas, each with a row; the two rates called beta are told apart."
+    text = (ROOT / "nbs/index.ipynb").read_text(encoding="utf-8").replace("\\\\", "\\")
+    for symbol in ("N", "i", "h", r"\omega", r"\varepsilon", r"\bar\alpha_j", "u_j", "j_0", r"\epsilon_s", r"\beta(t)", r"\beta_\mathrm{VP}(t)"):
+        assert f"| ${symbol}$ |" in text or f"| ${symbol}, " in text, f"the table of symbols has no row for {symbol}"
