@@ -12,7 +12,7 @@ import argparse, json, time
 from pathlib import Path
 import torch
 from record import RESULTS, hardware, now, versions, write_json
-from edm_nb import checkpoints, metrics
+from edm_nb import checkpoints, files, metrics
 from edm_nb.data import digits, to_float, to_uint8
 from edm_nb.framework import LINEAR, VE, vp_schedule
 from edm_nb.ode_solvers import (Flow, count_nfe, edm_sigmas, euler, heun, iddpm_sigmas, invert_ode, multistep, rk2, rk45,
@@ -146,7 +146,7 @@ def main():
     draws = [between(stats(torch.randperm(len(data), generator=generator)[:args.samples]), reference) for _ in range(20)]
     settings = dict(
         task="digits, class-conditional network, Fréchet distance of pixel statistics, float64 state", model=args.model.name,
-        model_sha256=checkpoints.sha256(args.model), samples=args.samples, seeds=args.seeds, rk45_cap=RK45_CAP)
+        model_sha256=files.file_hash(args.model), samples=args.samples, seeds=args.seeds, rk45_cap=RK45_CAP)
     old = json.loads(args.out.read_text()) if args.out.exists() else {}
     if any(old.get(k) != v for k, v in settings.items()): old = {}       # another study: start afresh
     record = dict(old) or dict(

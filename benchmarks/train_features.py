@@ -20,9 +20,8 @@ from record import ROOT, gpu_name, hardware_line, now, versions, write_json
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from edm_nb.checkpoints import sha256
 from edm_nb.data import load_images
-from edm_nb.files import write_atomic
+from edm_nb.files import file_hash, write_atomic
 
 ASSETS = ROOT / "edm_nb" / "assets"
 WIDTHS = (64, 128, 256)
@@ -208,7 +207,7 @@ def main():
         test_accuracy_before_folding_and_fp16=exact, n_train=n_train, n_test=len(test.images), feature_dim=CifarFeatures.dim,
         parameters=sum(v.numel() for v in tensors.values()), seed=args.seed, seconds=round(seconds), hardware=gpu_name() if args.device.startswith("cuda") else hardware_line(),
         settings={k: getattr(args, k) for k in ("epochs", "second", "batch", "lr", "weight_decay", "ema", "shift", "bf16", "limit")},
-        data=dict(train=dict(file=Path(args.train).name, sha256=sha256(args.train)), test=dict(file=Path(args.test).name, sha256=sha256(args.test)),
+        data=dict(train=dict(file=Path(args.train).name, sha256=file_hash(args.train)), test=dict(file=Path(args.test).name, sha256=file_hash(args.test)),
                   note="CIFAR-10 stored as JPEG (quality 75, 4:2:0): not bit-identical to the original images"),
         versions=versions(), date=now(),
         sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), licence="Apache-2.0")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MODULE', 'TENSOR', 'PARAMETER', 'STORAGE', 'DICTS', 'MODULE_DICT', 'SCALARS', 'OFFICIAL_GLOBALS',
-           'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'sha256', 'model_files',
-           'save', 'read_config', 'read_tensors', 'fit', 'rebuild', 'precondition', 'load', 'pack', 'unpack', 'digest',
+           'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'model_files', 'save',
+           'read_config', 'read_tensors', 'fit', 'rebuild', 'precondition', 'load', 'pack', 'unpack', 'digest',
            'state_files', 'latest_state', 'save_state', 'read_state', 'load_state', 'last_good', 'rng_state',
            'set_rng_state', 'read_official', 'as_dict', 'describe', 'read_storage', 'storage_entry', 'read_tensor',
            'read_module', 'module_tensors', 'number', 'infer_config', 'from_state_dict', 'load_official',
-           'check_declared', 'convert']
+           'check_declared', 'refuse_own', 'convert']
 
 # %% ../nbs/14_checkpoints.ipynb #b216c041
 import hashlib, io, json, math, mmap, random, re, struct
@@ -19,22 +19,13 @@ import torch
 from torch import Tensor, nn
 from . import __version__
 from .data import Call, Name, PickleReader, hash_buffer
-from .files import write_atomic
+from .files import file_hash, write_atomic
 from .networks import build_network
 from .preconditioning import Preconditioned, iddpm_levels
 
 # %% ../nbs/14_checkpoints.ipynb #f338a731
 class CheckpointError(ValueError):
     "What is wrong with a checkpoint, in one line that names the file."
-
-# %% ../nbs/14_checkpoints.ipynb #0b09ab0a
-def sha256(path:Path,        # file
-          ) -> str:          # hex digest, as the command `sha256sum` prints it
-    "Checksum of a file."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**22): digest.update(piece)
-    return digest.hexdigest()
 
 # %% ../nbs/14_checkpoints.ipynb #d7077aab
 FORMAT = 1   # of both files below; a reader refuses what is newer
@@ -61,7 +52,7 @@ def save(path,                     # folder, or a name that ends in .safetensors
     record |= dict(licence=licence) if licence else {}
     json.dumps(record | extra)         # before anything is written: not JSON-able raises here
     write_atomic(tensors, lambda file: save_file(state, file, metadata={"format": "pt"}))
-    record |= dict(sha256=sha256(tensors), extra=extra)
+    record |= dict(sha256=file_hash(tensors), extra=extra)
     write_atomic(config, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
     return tensors
 
@@ -139,7 +130,7 @@ def load(path,                 # folder, .safetensors or .json
         ) -> Preconditioned:   # in evaluation mode
     "Read a denoiser written by `save`; raises `CheckpointError` when a byte is not as it was."
     record, (file, config_file) = read_config(path), model_files(path)
-    if (found := sha256(file)) != record["sha256"]:
+    if (found := file_hash(file)) != record["sha256"]:
         raise CheckpointError(f"{file}: damaged or not the file that {config_file.name} describes (sha256 {found[:12]}…, expected {str(record['sha256'])[:12]}…)")
     net = rebuild(record["network"], read_tensors(file), file)
     return precondition(net, record["denoiser"], config_file).to(device)
@@ -490,6 +481,17 @@ def check_declared(denoiser:Preconditioned,  # rebuilt
         if levels.shape != ours.shape or not torch.allclose(levels.double(), ours, rtol=1e-4):
             raise CheckpointError(f"{path}: its noise levels u_j are not those of iDDPM's schedule")
 
+# %% ../nbs/14_checkpoints.ipynb #10686270
+def refuse_own(path:Path,   # what `convert` was given
+              ) -> None:    # raises `CheckpointError`
+    "A checkpoint that `save` has written needs no conversion."
+    config = model_files(path)[1]
+    if path.suffix == ".pkl" or not config.is_file(): return
+    try: record = json.loads(config.read_text())
+    except (ValueError, RecursionError): return
+    if isinstance(record, dict) and record.get("package") == "edm_nb":
+        raise CheckpointError(f"{path}: already an edm_nb checkpoint ({config.name} describes it); load or copy it as it is")
+
 # %% ../nbs/14_checkpoints.ipynb #22f25bdd
 LICENCE_NOTE = ("These weights were converted from a file that the authors of EDM (Karras, Aittala, Aila, Laine; NVIDIA) publish. "
                 "The weights remain under their licence, CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): "
@@ -502,9 +504,10 @@ def convert(path,                    # the authors' .pkl, or a .safetensors stat
            ) -> Path:                # the tensor file
     "Rewrite published weights as safetensors and JSON, with a note of their licence beside them."
     path, (file, config) = Path(path), model_files(out)
+    refuse_own(path)
     if not overwrite and (file.exists() or config.exists()): raise CheckpointError(f"{file}: exists; choose another place or ask to overwrite it")
     if path.suffix == ".safetensors": denoiser = from_state_dict(read_tensors(path), where=path, **settings)
     else: denoiser = load_official(path)
-    save(file, denoiser, licence=LICENCE_NOTE, source=path.name, source_sha256=sha256(path))
+    save(file, denoiser, licence=LICENCE_NOTE, source=path.name, source_sha256=file_hash(path))
     write_atomic(file.with_name(file.stem + ".LICENCE.txt"), lambda note: note.write_text(LICENCE_NOTE + "\n"))
     return file

@@ -1,4 +1,5 @@
 """Checkpoints: exact round trips, atomic files, damage found, runs resumed bit for bit."""
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from edm_nb import checkpoints
 from edm_nb.checkpoints import CheckpointError, latest_state, load, load_state, read_config, rng_state, save, save_state, set_rng_state, state_files
+from edm_nb.files import file_hash
 from edm_nb.networks import adm, ddpmpp, ncsnpp, tiny
 from edm_nb.preconditioning import SCALINGS, Preconditioned
 
@@ -96,6 +98,21 @@ def test_not_savable_writes_nothing(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     return save(tmp_path/"model.safetensors", Preconditioned(shaken(NETS["tiny"]())))
+
+
+def test_our_own_files_need_no_conversion(model, tmp_path):
+    for path, out in ((model, tmp_path/"out"), (model, model), (save(tmp_path/"run", Preconditioned(NETS["tiny"]())).parent, tmp_path/"out")):
+        refuse(lambda: checkpoints.convert(path, out), "already an edm_nb checkpoint", path.name)
+    assert not (tmp_path/"out").exists()
+    model.with_suffix(".json").write_text("[1]")                      # a stranger's JSON is no reason to refuse
+    refuse(lambda: checkpoints.convert(model, tmp_path/"out"), "tensors|network", "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**22, 2**22 + 1])
+def test_file_hash_is_sha256_of_the_whole_file(tmp_path, size):
+    content = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path/"file").write_bytes(content[:size])
+    assert file_hash(tmp_path/"file") == hashlib.sha256(content[:size]).hexdigest()
 
 
 @pytest.mark.parametrize("where", [0, 7, 20, 0.3, 0.9, -1])
