@@ -33,7 +33,7 @@ def use_style() -> None:
         "figure.figsize": (6.4, 3.6), "figure.dpi": 96, "savefig.dpi": 96, "savefig.bbox": "tight",
         "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10,
         "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "lines.linewidth": 1.8,
+        "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "lines.linewidth": 1.8,
         "image.cmap": "gray", "image.interpolation": "nearest",
         "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#444444"]),
     })
