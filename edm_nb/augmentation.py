@@ -29,6 +29,8 @@ def factor_choices(moments:int,   # number of vanishing moments
 def symlet(moments:int=6,     # number of vanishing moments; "sym6" has 6
           ) -> tuple:         # 2 × moments taps that sum to one
     "The orthogonal wavelet filter of least asymmetry."
+    if not isinstance(moments, int) or not 1 <= moments <= 14:      # as far as orthogonality is tested
+        raise ValueError(f"symlet({moments!r}): expected a whole number of vanishing moments from 1 to 14")
     filters = []
     for roots in factor_choices(moments):
         h = np.poly([-1]*moments + roots).real

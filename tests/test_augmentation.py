@@ -127,7 +127,7 @@ def test_warping_suppresses_what_would_alias(scale, most):
 
 # ---- the filter -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("moments", [1, 2, 4, 6])
+@pytest.mark.parametrize("moments", [1, 2, 4, 6, 10, 14])
 def test_filter_is_an_orthogonal_wavelet(moments):
     h = np.array(symlet(moments))
     assert len(h) == 2*moments and math.isclose(h.sum(), 1, abs_tol=1e-12)
@@ -136,6 +136,12 @@ def test_filter_is_an_orthogonal_wavelet(moments):
     n = np.arange(len(h)) - len(h)/2
     for k in range(moments):   # as many vanishing moments as there can be
         assert abs(((-1)**np.arange(len(h)) * n**k) @ h) < 1e-7 * max(1, np.abs(n**k).max())
+
+
+@pytest.mark.parametrize("moments", [0, -1, 15, 2.5, "6"])
+def test_orders_without_a_filter_are_refused(moments):
+    with pytest.raises(ValueError, match="expected a whole number of vanishing moments from 1 to 14"):
+        symlet(moments)
 
 
 def test_sym6_is_the_published_filter():
