@@ -10,7 +10,7 @@ __all__ = ['BOX', 'BINOMIAL', 'HALF', 'SONG', 'THIRD', 'STYLES', 'xavier', 'kaim
            'tiny', 'build_network']
 
 # %% ../nbs/11_networks.ipynb #939b0a31
-import math
+import inspect, math
 from dataclasses import dataclass
 from typing import Callable
 import torch
@@ -34,10 +34,11 @@ def kaiming(fan_in:int,   # inputs that one output sums over
 # %% ../nbs/11_networks.ipynb #126111f9
 @dataclass(frozen=True)
 class Init:
-    "First values of a layer: U(−b, b) with b = gain × bound(fan_in, fan_out)."
+    "First values of a layer: U(−b, b) with b = gain × bound(fan_in, fan_out), or the normal distribution of the same variance b²/3."
     bound: Callable[[int, int], float]  # xavier or kaiming
     gain: float = 1.0                   # multiplies the weights
     bias_gain: float = 0.0              # multiplies the biases
+    normal: bool = False                # weights from N(0, b²/3)
 
 # %% ../nbs/11_networks.ipynb #bd8d60bc
 class Layer(nn.Module):
@@ -60,7 +61,9 @@ class Layer(nn.Module):
         area = math.prod(self.weight.shape[2:])
         bound = self.init.bound(self.weight.shape[1]*area, self.weight.shape[0]*area)
         for values, gain in (self.weight, self.init.gain), (self.bias, self.init.bias_gain):
-            if values is not None: values.uniform_(-bound, bound, generator=generator).mul_(gain)
+            if values is None: continue
+            if self.init.normal: values.normal_(0, bound / math.sqrt(3), generator=generator).mul_(gain)
+            else: values.uniform_(-bound, bound, generator=generator).mul_(gain)
 
 # %% ../nbs/11_networks.ipynb #53bdf828
 class Linear(Layer):
@@ -293,15 +296,11 @@ def attention(tokens:Tensor,   # `[B, T, C]`
 class Block(Residual):
     "A residual block, then maybe self-attention with a skip of its own."
     def __init__(self,
-                 inputs:int,          # channels in
-                 outputs:int,         # channels out
-                 emb_width:int,       # width of the embedding
-                 style:Style,         # a row of `STYLES`
-                 direction:str="",    # "up", "down" or nothing
+                 *sizes,              # as for `Residual`
                  attend:bool=False,   # add self-attention
-                 dropout:float=0.0,   # between the two convolutions
                 ):
-        super().__init__(inputs, outputs, emb_width, style, direction, dropout)
+        super().__init__(*sizes)
+        outputs, style = self.outputs, self.style
         self.heads = outputs // (style.head_channels or outputs) if attend else 0
         if not attend: return
         if style.head_channels and outputs % style.head_channels:
@@ -412,10 +411,10 @@ class Conditioned(nn.Module):
         width, self.emb_width = config["model_channels"] * style.noise_width, config["model_channels"] * 4
         self.map_noise = Fourier(width) if style.fourier else Positional(width, endpoint=not style.late_labels)
         self.map_label = self.map_augment = None
-        late = dict(outputs=self.emb_width, init=Init(kaiming, math.sqrt(max(self.label_dim, 1) / 3)), bias=False)
+        late = dict(outputs=self.emb_width, init=Init(kaiming, math.sqrt(self.label_dim), normal=True), bias=False)
         early = dict(outputs=width, init=style.layer)
         if self.label_dim: self.map_label = Linear(self.label_dim, **(late if style.late_labels else early))
-        if self.augment_dim: self.map_augment = Linear(self.augment_dim, width, style.layer, bias=False)
+        if self.augment_dim: self.map_augment = Linear(self.augment_dim, width, style.last if style.late_labels else style.layer, bias=False)
         self.map_layer0 = Linear(width, self.emb_width, style.layer)
         self.map_layer1 = Linear(self.emb_width, self.emb_width, style.layer)
 
@@ -466,7 +465,7 @@ class UNet(Conditioned):
         s = self.style
         if step.name.endswith("_conv"): return Conv(step.inputs, step.outputs, 3, s.layer)
         if step.name.endswith("_residual"): return PyramidConv(step.inputs, step.outputs, 3, s.layer, "down", s.taps)
-        return Block(step.inputs, step.outputs, self.emb_width, s, step.direction, step.attend, self.config["dropout"])
+        return Block(step.inputs, step.outputs, self.emb_width, s, step.direction, self.config["dropout"], attend=step.attend)
 
     def reset(self,
               generator:torch.Generator|None=None,  # source of randomness; the default is torch's global one
@@ -527,8 +526,12 @@ def network(arch:str,                # a key of `STYLES`
             generator:torch.Generator|None=None,  # for the first values
             label_dim:int, augment_dim:int, model_channels:int, num_blocks:int,  # as for `ddpmpp`
             dropout:float, label_dropout:float,                                  # as for `ddpmpp`
+            **unknown,               # misspelt names end here
            ) -> UNet:                # on torch's default device
     "Collect the sizes into a JSON-able configuration and build it."
+    if unknown:
+        known = [name for name in inspect.signature(network).parameters if name not in ("arch", "unknown")]
+        raise TypeError(f"{arch} has no argument {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
     config = dict(arch=arch, resolution=resolution if isinstance(resolution, int) else list(resolution), channels=channels,
                   out_channels=out_channels or channels, channel_mult=list(channel_mult),
                   attn_resolutions=list(attn_resolutions), label_dim=label_dim, augment_dim=augment_dim,

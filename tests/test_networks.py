@@ -234,6 +234,20 @@ def test_first_values_have_the_stated_spread():
     assert freqs.std().item() == pytest.approx(16, rel=0.15)
 
 
+def test_adm_starts_with_standard_normal_classes_and_silent_augmentation_labels():
+    net = adm(16, model_channels=64, channel_mult=(1,), num_blocks=1, label_dim=100, augment_dim=9, attn_resolutions=(),
+              generator=torch.Generator().manual_seed(0))
+    table = net.map_label.weight.flatten().double()                                       # 25,600 values
+    assert table.std().item() == pytest.approx(1, rel=0.02) and abs(table.mean().item()) < 0.02
+    assert (table**4).mean().item() == pytest.approx(3, rel=0.1)                          # normal; a uniform distribution has 1.8
+    assert table.abs().max() > 3
+    assert net.map_augment.weight.abs().max() == 0
+    song = ddpmpp(16, model_channels=64, channel_mult=(1,), num_blocks=1, label_dim=100, augment_dim=9, attn_resolutions=(),
+                  generator=torch.Generator().manual_seed(0))
+    assert song.map_augment.weight.std().item() == pytest.approx((2 / (64 + 9))**0.5, rel=0.1)
+    assert song.map_label.weight.std().item() == pytest.approx((2 / (64 + 100))**0.5, rel=0.05)
+
+
 @family
 def test_activations_keep_their_scale_through_depth(arch):
     net = FAMILIES[arch](channel_mult=(1, 2, 2), num_blocks=3, generator=torch.Generator().manual_seed(0))
@@ -332,7 +346,7 @@ def test_dropout_acts_in_training_only():
     (lambda: adm(model_channels=96, channel_mult=(1,), attn_resolutions=(64,), label_dim=0), "heads of 64"),
     (lambda: build_network({"arch": "unet"}), "unknown arch 'unet'"),
     (lambda: build_network({"resolution": 8}), "unknown arch None"),
-    (lambda: build_network({"arch": "tiny", "widht": 8}), "'widht'"),
+    (lambda: build_network({"arch": "tiny", "widht": 8}), "tiny has no argument 'widht'; expected resolution, channels"),
     (lambda: tiny(num_blocks=0), "num_blocks = 0"),
     (lambda: tiny(model_channels=33), "must be even"),
     (lambda: tiny(channel_mult=(1, 0)), "channel_mult"),
@@ -346,7 +360,7 @@ def test_bad_input_is_refused_with_words(call, words):
 
 @pytest.mark.parametrize("make", [ddpmpp, ncsnpp, adm, tiny])
 def test_a_misspelt_size_is_an_error(make):
-    with pytest.raises(TypeError, match="modelchannels"): make(modelchannels=64)
+    with pytest.raises(TypeError, match="has no argument 'modelchannels'; expected .*model_channels, num_blocks"): make(modelchannels=64)
 
 
 # ---- memory format, precision, compilation --------------------------------------------------------------------------
