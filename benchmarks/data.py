@@ -51,20 +51,20 @@ def resized(path, folder, kind, side, count):
 
 
 def threads_by_size(path, repeats):
-    "Decoding with one thread and with all, in turns, for images of four sizes and two formats: where threads begin to pay."
+    "Decoding with one thread and with all, in turns, for images of four sizes and two formats: where threads begin to pay. Best of `repeats`."
     rows, before = [], load()
     with tempfile.TemporaryDirectory() as folder:
         for side, count in ((32, 6000), (64, 3000), (128, 1000), (256, 400)):
             for kind in ("jpeg", "png"):
                 source = data.open_zip(resized(path, folder, kind, side, count))
                 times = timed({workers: lambda w=workers: data.decode_all(source, workers=w) for workers in (1, cores())}, repeats, warmup=1)
-                microseconds = {workers: 1e6 * t.summary()["median"] / count for workers, t in times.items()}
+                microseconds = {workers: 1e6 * t.summary()["min"] / count for workers, t in times.items()}
                 size = sum(len(source.read(name)) for name in source.names) / count
                 rows.append(dict(kind=kind, side=side, n_images=count, repeats=repeats, bytes_per_image=round(size), one=round(microseconds[1], 1),
                                  all=round(microseconds[cores()], 1), default_threads=data.decode_workers(len(source.read(source.names[0])))))
                 print(f"{kind:5s}{side:4d}: {size:8.0f} bytes, 1 thread {rows[-1]['one']:7.1f} µs, {cores()} threads {rows[-1]['all']:7.1f} µs", flush=True)
                 source.close()
-    return dict(what="µs per image, decoding with one thread and with all", cores=cores(), load_before=before, date=now(), rows=rows)
+    return dict(what="µs per image, decoding with one thread and with all, best of `repeats`", cores=cores(), load_before=before, date=now(), rows=rows)
 
 
 def sampling(image_set, batch=512, batches=100, seed=0):
