@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LINEAR', 'VE', 'TABLE_1', 'require_floating', 'as_time', 'broadcast_sigma', 'require_noise_level', 'denoised',
            'score', 'noise_like', 'GaussianDenoiser', 'MixtureDenoiser', 'Schedule', 'unscaled', 'vp_schedule',
-           'ode_derivative', 'refined_logits', 'float64_logits', 'rounding_error', 'expectation', 'sort_by_class',
-           'class_slices', 'IdealDenoiser', 'Cell', 'Row', 'steps', 'tensor_cell', 'vp_row', 've_row', 'iddpm_levels',
-           'iddpm_row', 'edm_row']
+           'ode_derivative', 'steps', 'rho_level', 'refined_logits', 'float64_logits', 'rounding_error', 'expectation',
+           'sort_by_class', 'class_slices', 'IdealDenoiser', 'Cell', 'Row', 'tensor_cell', 'vp_row', 've_row',
+           'iddpm_levels', 'iddpm_row', 'edm_row']
 
 # %% ../nbs/00_framework.ipynb #29d91d31
 import math
@@ -22,7 +22,7 @@ def require_floating(x:Tensor,      # images or states, `[B, ...]`
                     ) -> None:
     "Refuse what is not a batch of floating-point numbers: uint8 images are the usual accident."
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = getattr(x, "dtype", type(x).__name__)
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a floating-point tensor, got {kind}; map uint8 images to [-1, 1] first")
     if x.ndim == 0:
         raise ValueError(f"{name} must have a batch axis, [B, ...], got a scalar tensor")
@@ -64,7 +64,8 @@ def denoised(denoise:Callable,    # D(x; sigma)
             ) -> Tensor:          # D in the shape and dtype of x
     "Call a denoiser. ValueError when its answer has another shape than x."
     D = denoise(x, sigma, **cond)
-    if D.shape != x.shape: raise ValueError(f"the denoiser returned {tuple(D.shape)} for an input {tuple(x.shape)}; they must agree")
+    if D.shape != x.shape:
+        raise ValueError(f"the denoiser returned shape {tuple(D.shape)} for an input of shape {tuple(x.shape)}: D(x; sigma) must have the shape of x")
     return D.to(x.dtype)
 
 # %% ../nbs/00_framework.ipynb #fb87ac02
@@ -148,6 +149,8 @@ class MixtureDenoiser:
         require_noise_level(as_time(sigma), positive=False)
         means = self.means.to(x).reshape(len(self.means), -1)                  # [K, d]
         variance = self.std.to(x)**2 + broadcast_sigma(sigma, x).reshape(-1, 1)**2   # [B, K]
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and (variance == 0).any():
+            raise ValueError("a component with std = 0 is a point: it has no density at sigma = 0; ask at sigma > 0, or give it std > 0")
         diff = x.reshape(len(x), 1, -1) - means                                # [B, K, d]
         log_density = -0.5 * (diff.square().sum(2) / variance + means.shape[1] * (2*math.pi*variance).log())
         return self.weights.to(x).log() + log_density, diff, variance
@@ -161,7 +164,7 @@ class MixtureDenoiser:
         return (log_joint.softmax(1).unsqueeze(2) * D).sum(1).reshape(x.shape)
 
     def log_prob(self, x:Tensor, sigma:Tensor|float=0.0) -> Tensor:
-        "log p(x; sigma) in nats, `[B]`."
+        "log p(x; sigma) in nats, `[B]`. ValueError for points (std = 0) at sigma = 0."
         return self.joint(x, sigma)[0].logsumexp(1)
 
     def sample(self, n:int, sigma:Tensor|float=0.0, generator=None) -> Tensor:
@@ -197,19 +200,19 @@ VE = unscaled(sigma=lambda t: as_time(t).sqrt(), sigma_deriv=lambda t: 0.5 * as_
               sigma_inv=lambda sigma: as_time(sigma)**2)
 
 # %% ../nbs/00_framework.ipynb #02922565
-def vp_schedule(beta_d:float=19.9,   # slope of the noise rate β(t) = β_min + β_d t
-                beta_min:float=0.1,  # noise rate at t = 0
-               ) -> Schedule:
-    "Variance-preserving schedule: s(t)² (1 + sigma(t)²) = 1 (Table 1, VP). ValueError unless β_min > 0 and β_d >= 0."
+def vp_schedule(beta_d:float=19.9,   # slope of the noise rate β_VP(t) = β_min + β_d t, per unit of time squared
+                beta_min:float=0.1,  # noise rate at t = 0, per unit of time
+               ) -> Schedule:        # functions of times of any shape; sigma in units of the data
+    "Variance-preserving schedule: s(t)² (1 + sigma(t)²) = 1 (Table 1, VP). ValueError unless beta_min > 0 and beta_d >= 0."
     if not (beta_min > 0 and beta_d >= 0): raise ValueError(f"need beta_min > 0 and beta_d >= 0, got {beta_min}, {beta_d}")
     u = lambda t: 0.5 * beta_d * as_time(t)**2 + beta_min * as_time(t)   # log(1 + sigma²)
-    beta = lambda t: beta_d * as_time(t) + beta_min                      # du/dt
+    beta_vp = lambda t: beta_d * as_time(t) + beta_min                   # du/dt
     sigma = lambda t: u(t).expm1().sqrt()
     def sigma_inv(sigma):
         u = (as_time(sigma)**2).log1p()
         return 2 * u / ((beta_min**2 + 2 * beta_d * u).sqrt() + beta_min)
-    return Schedule(sigma, lambda t: 0.5 * beta(t) * (sigma(t) + 1 / sigma(t)), sigma_inv,
-                    lambda t: (-0.5 * u(t)).exp(), lambda t: -0.5 * beta(t) * (-0.5 * u(t)).exp())
+    return Schedule(sigma, lambda t: 0.5 * beta_vp(t) * (sigma(t) + 1 / sigma(t)), sigma_inv,
+                    lambda t: (-0.5 * u(t)).exp(), lambda t: -0.5 * beta_vp(t) * (-0.5 * u(t)).exp())
 
 # %% ../nbs/00_framework.ipynb #5e977e61
 def ode_derivative(denoise:Callable,          # D(x; sigma)
@@ -226,13 +229,30 @@ def ode_derivative(denoise:Callable,          # D(x; sigma)
     D = denoised(denoise, x / s, level, **cond)
     return (sigma_deriv / sigma + s_deriv / s) * x - sigma_deriv * s / sigma * D
 
+# %% ../nbs/00_framework.ipynb #6d5df936
+def steps(n:int,       # number of steps, >= 1
+          f:Callable,  # from i/(n-1) in [0, 1] to a time
+         ) -> Tensor:  # float64 `[n+1]`: n times, then t_n = 0
+    "Times of a sampler with n steps. ValueError for n < 1."
+    if n < 1: raise ValueError(f"a sampler needs n >= 1 steps, got {n}")
+    return torch.cat([f(torch.linspace(0, 1, n, dtype=torch.float64)), torch.zeros(1, dtype=torch.float64)])
+
+# %% ../nbs/00_framework.ipynb #7d6c42f2
+def rho_level(u:Tensor,               # fraction of the way, in [0, 1]: 0 gives sigma_max and 1 sigma_min
+              sigma_min:float,        # lowest noise level before 0, in units of the data
+              sigma_max:float,        # highest noise level
+              rho:float,              # how much the levels crowd towards sigma_min
+             ) -> Tensor:             # noise levels, the shape and dtype of `u`
+    "Noise levels evenly spaced in sigma^(1/rho) (Eq. 5), in a form that neither overflows nor cancels for any rho > 0."
+    return sigma_max * (rho * torch.log1p(u * math.expm1(math.log(sigma_min/sigma_max) / rho))).exp()
+
 # %% ../nbs/00_framework.ipynb #dbcc6bd6
 def refined_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d]`
                    sigma:Tensor,  # noise level of each, float64 `[b, 1]`
                    Y:Tensor,      # images, float32 `[N, d]`
                    half:Tensor,   # half the squared distance of each image from the mean, float64 `[N]`
                    k:int,         # how many of the nearest to do again in float64
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits `[b, N]`, the k indices `[b, k]`, rms rounding and largest unrefined logit `[b]`
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits `[b, N]`, indices `[b, k]`, rms rounding `[b]`, largest unrefined `[b]`
     "Log-weights of all images up to a constant: float32 products, the k largest recomputed in float64."
     logits = (x.float() @ Y.T).double().sub_(half).div_(sigma**2)
     best = logits.topk(min(k + 1, len(Y)), dim=1)
@@ -415,14 +435,6 @@ class Row:
         "(c_skip, c_out, c_in, c_noise), each the shape of sigma (Eq. 7)."
         return tuple(cell(as_time(sigma)) for cell in (self.c_skip, self.c_out, self.c_in, self.c_noise))
 
-# %% ../nbs/00_framework.ipynb #6d5df936
-def steps(n:int,       # number of steps, >= 1
-          f:Callable,  # from i/(n-1) in [0, 1] to a time
-         ) -> Tensor:  # float64 `[n+1]`: n times, then t_n = 0
-    "Times of a sampler with n steps. ValueError for n < 1."
-    if n < 1: raise ValueError(f"a sampler needs n >= 1 steps, got {n}")
-    return torch.cat([f(torch.linspace(0, 1, n, dtype=torch.float64)), torch.zeros(1, dtype=torch.float64)])
-
 # %% ../nbs/00_framework.ipynb #26574948
 def tensor_cell(formula:str,        # LaTeX
                 function:Callable,  # of a tensor
@@ -433,11 +445,11 @@ def tensor_cell(formula:str,        # LaTeX
 # %% ../nbs/00_framework.ipynb #9b9bb3b8
 def vp_row(beta_d:float=19.9,      # slope of the noise rate
            beta_min:float=0.1,     # noise rate at t = 0
-           epsilon_s:float=1e-3,   # smallest sampling time
+           epsilon_s:float=1e-3,   # smallest sampling time; t runs from 0 to 1
            epsilon_t:float=1e-5,   # smallest training time
            M:int=1000,             # number of time indices that the network was trained with
           ) -> Row:
-    "Song et al.'s variance-preserving method."
+    "Song et al.'s variance-preserving method; noise levels in units of the data. ValueError for n < 1 steps or a negative noise rate."
     vp = vp_schedule(beta_d, beta_min)
     return Row("VP", "Euler", "DDPM++", vp,
         sigma=Cell(r"\sqrt{e^{\frac12\beta_d t^2+\beta_{min}t}-1}", vp.sigma),
@@ -452,10 +464,10 @@ def vp_row(beta_d:float=19.9,      # slope of the noise rate
         constants=dict(beta_d=beta_d, beta_min=beta_min, epsilon_s=epsilon_s, epsilon_t=epsilon_t, M=M))
 
 # %% ../nbs/00_framework.ipynb #bc3f31c1
-def ve_row(sigma_min:float=0.02,  # smallest noise level
+def ve_row(sigma_min:float=0.02,  # smallest noise level, in units of the data
            sigma_max:float=100.,  # largest noise level
           ) -> Row:
-    "Song et al.'s variance-exploding method."
+    "Song et al.'s variance-exploding method; its times are variances, t = sigma². ValueError for n < 1 steps."
     ratio = sigma_min / sigma_max
     return Row("VE", "Euler", "NCSN++", VE,
         sigma=Cell(r"\sqrt{t}", VE.sigma),
@@ -488,15 +500,17 @@ def iddpm_row(M:int=1000,       # number of levels
               C_2:float=0.008,  # offset of the cosine
               j_0:int=8,        # index of the first level that is used
              ) -> Row:
-    "Nichol and Dhariwal's network (iDDPM), sampled by DDIM."
+    "Nichol and Dhariwal's network (iDDPM), sampled by DDIM; t = sigma. ValueError for n < 1 steps or more than M - j_0 levels."
     u = iddpm_levels(M, C_1, C_2)
     def index(sigma):   # of the nearest u_j; compared in float64, where neighbours differ by as little as 1e-3
         return (u[:-1].to(sigma.device) - sigma.double().unsqueeze(-1)).abs().argmin(-1)
+    def times(n):
+        if n > M - j_0: raise ValueError(f"an iDDPM network knows {M - j_0} levels from j_0={j_0} on: n={n} steps would repeat some")
+        return steps(n, lambda r: u[(j_0 + (M - 1 - j_0)*r + 0.5).floor().long()])
     return Row("iDDPM + DDIM", "Euler", "DDPM / ADM", LINEAR,
         sigma=Cell("t", LINEAR.sigma),
         scale=Cell("1", LINEAR.scale),
-        times=Cell(r"u_k,\ k=\lfloor j_0+\frac{M-1-j_0}{N-1}\,i+\frac12\rfloor",
-                   lambda n: steps(n, lambda r: u[(j_0 + (M - 1 - j_0)*r + 0.5).floor().long()])),
+        times=Cell(r"u_k,\ k=\lfloor j_0+\frac{M-1-j_0}{N-1}\,i+\frac12\rfloor", times),
         c_skip=tensor_cell("1", torch.ones_like),
         c_out=tensor_cell(r"-\sigma", lambda sigma: -sigma),
         c_in=tensor_cell(r"1/\sqrt{\sigma^2+1}", lambda sigma: (sigma**2 + 1).rsqrt()),
@@ -506,21 +520,20 @@ def iddpm_row(M:int=1000,       # number of levels
         constants=dict(M=M, C_1=C_1, C_2=C_2, j_0=j_0))
 
 # %% ../nbs/00_framework.ipynb #d25469e8
-def edm_row(sigma_min:float=0.002,   # smallest noise level
+def edm_row(sigma_min:float=0.002,   # smallest noise level, in units of the data
             sigma_max:float=80.,     # largest noise level
             rho:float=7.,            # how much the steps crowd towards sigma_min
             sigma_data:float=0.5,    # standard deviation of the data
             P_mean:float=-1.2,       # mean of ln(sigma) in training
             P_std:float=1.2,         # its standard deviation
            ) -> Row:
-    "The paper's own choices."
-    a, b = sigma_max**(1/rho), sigma_min**(1/rho)
+    "The paper's own choices; times are noise levels, t = sigma. ValueError for n < 1 steps."
     total = lambda sigma: sigma**2 + sigma_data**2
     return Row("EDM", "Heun", "any", LINEAR,
         sigma=Cell("t", LINEAR.sigma),
         scale=Cell("1", LINEAR.scale),
         times=Cell(r"\big(\sigma_{max}^{1/\rho}+\frac{i}{N-1}(\sigma_{min}^{1/\rho}-\sigma_{max}^{1/\rho})\big)^\rho",
-                   lambda n: steps(n, lambda r: (a + r*(b - a))**rho)),
+                   lambda n: steps(n, lambda u: rho_level(u, sigma_min, sigma_max, rho))),
         c_skip=tensor_cell(r"\sigma_{data}^2/(\sigma^2+\sigma_{data}^2)", lambda sigma: sigma_data**2 / total(sigma)),
         c_out=tensor_cell(r"\sigma\,\sigma_{data}/\sqrt{\sigma^2+\sigma_{data}^2}", lambda sigma: sigma * sigma_data * total(sigma).rsqrt()),
         c_in=tensor_cell(r"1/\sqrt{\sigma^2+\sigma_{data}^2}", lambda sigma: total(sigma).rsqrt()),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from .framework import LINEAR, Schedule, iddpm_levels
+from .framework import LINEAR, Schedule, denoised, iddpm_levels, require_floating, rho_level
 
 # %% ../nbs/01_ode_solvers.ipynb #0242371b
 def state_dtype(device:torch.device|str|None=None,  # where the sampler's state lives
@@ -61,8 +61,7 @@ def edm_sigmas(n:int,                   # number of steps N
     u = _fractions(n)
     _check_range(sigma_min, sigma_max)
     if not (math.isfinite(rho) and rho > 0): raise ValueError(f"rho must be finite and positive, got {rho}")
-    # (1 + u (r - 1))^rho with r = (sigma_min/sigma_max)^(1/rho): this form neither overflows nor cancels for any rho
-    sigmas = sigma_max * (rho * torch.log1p(u * math.expm1(math.log(sigma_min/sigma_max) / rho))).exp()
+    sigmas = rho_level(u, sigma_min, sigma_max, rho)
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
     return _finish(sigmas, device)
@@ -146,22 +145,23 @@ class Flow:
         return self._known[t]
 
     def denoised(self, x:Tensor, t:float) -> Tensor:
-        "D(x/s; sigma) in the precision of `x`; ValueError where its shape is not that of `x`."
+        "D(x/s; sigma) in the shape and precision of `x`; ValueError where its shape is not that of `x`."
         sigma, _, s, _ = self.at(t)
-        D = self.denoise(x if s == 1 else x/s, x.new_full((), sigma), **self.cond)
-        if D.shape != x.shape:
-            raise ValueError(f"the denoiser returned shape {tuple(D.shape)} for an input of shape {tuple(x.shape)}: "
-                             "D(x; sigma) must have the shape of x")
-        return D if D.dtype == x.dtype else D.to(x.dtype)
+        return denoised(self.denoise, x if s == 1 else x/s, x.new_full((), sigma), **self.cond)
+
+    def above_zero(self, t:float) -> tuple[float, float, float, float]:
+        "What `at` gives, where there is a slope; ValueError at sigma(t) = 0."
+        if self.at(t)[0] == 0: raise ValueError("the slope at sigma = 0 is 0/0: keep Euler's step, see heun")
+        return self.at(t)
 
     def slope(self, x:Tensor, t:float) -> Tensor:
-        "dx/dt (Eq. 4)."
-        sigma, dsigma, s, ds = self.at(t)
+        "dx/dt (Eq. 4) of states `[B, ...]`, the shape and dtype of `x`. ValueError where sigma(t) = 0 or D has another shape."
+        sigma, dsigma, s, ds = self.above_zero(t)
         return torch.mul(x, dsigma/sigma + ds/s).sub_(self.denoised(x, t), alpha=dsigma*s/sigma)
 
     def push(self, x:Tensor, t:float, h:float) -> Tensor:
-        "x + h dx/dt as one new tensor: with s = 1 it lies on the line through x and D."
-        sigma, dsigma, s, ds = self.at(t)
+        "x + h dx/dt as one new tensor of x's shape: with s = 1 it lies on the line through x and D. ValueError as for `slope`."
+        sigma, dsigma, s, ds = self.above_zero(t)
         D = self.denoised(x, t)
         if s == 1 and ds == 0: return torch.lerp(x, D, -h*dsigma/sigma)
         return torch.mul(x, 1 + h*(dsigma/sigma + ds/s)).add_(D, alpha=-h*dsigma*s/sigma)
@@ -172,8 +172,8 @@ def euler(flow:Flow,        # the ODE
           t:float,          # where the step starts
           t_next:float,     # where it ends
           history:list|None=None,  # not used
-         ) -> Tensor:       # state at t_next
-    "Euler's step, first order: follow the slope at t."
+         ) -> Tensor:       # state at t_next, a new tensor of x's shape
+    "Euler's step, first order: follow the slope at t. One evaluation; ValueError where sigma(t) = 0."
     return flow.push(x, t, t_next - t)
 
 # %% ../nbs/01_ode_solvers.ipynb #ab7f46aa
@@ -182,8 +182,8 @@ def heun(flow:Flow,        # the ODE
          t:float,          # where the step starts
          t_next:float,     # where it ends
          history:list|None=None,  # not used
-        ) -> Tensor:       # state at t_next
-    "Heun's step, second order (Algorithm 1); Euler's where sigma(t_next) = 0."
+        ) -> Tensor:       # state at t_next, a new tensor of x's shape
+    "Heun's step, second order (Algorithm 1); Euler's where sigma(t_next) = 0. Two evaluations; ValueError where sigma(t) = 0."
     h = t_next - t
     x_euler = flow.push(x, t, h)
     if flow.at(t_next)[0] == 0: return x_euler
@@ -192,11 +192,11 @@ def heun(flow:Flow,        # the ODE
 # %% ../nbs/01_ode_solvers.ipynb #28d88f70
 def rk2(alpha:float=1.0,  # where the second slope is taken: t + alpha h
        ) -> Callable:     # a solver step
-    "The two-stage second-order family (Algorithm 3): 1 is Heun, 2/3 Ralston, 1/2 the midpoint rule."
+    "The two-stage second-order family (Algorithm 3): 1 is Heun, 2/3 Ralston, 1/2 the midpoint rule. ValueError unless 0 < alpha <= 1."
     if not 0 < alpha <= 1: raise ValueError(f"alpha lies in (0, 1], got {alpha}")
     w = 1 / (2*alpha)
     def rk2_step(flow:Flow, x:Tensor, t:float, t_next:float, history:list|None=None) -> Tensor:
-        "One step of the family; Euler's where the second slope would fall on sigma = 0."
+        "One step, `[B, ...]` to `[B, ...]`; Euler's where the second slope would fall on sigma = 0."
         h, d = t_next - t, flow.slope(x, t)
         t_mid = t_next if alpha == 1 else t + alpha*h
         if flow.at(t_mid)[0] == 0: return torch.add(x, d, alpha=h)
@@ -221,10 +221,10 @@ def adams_bashforth_weights(times:list[float],  # where slopes are known, newest
 # %% ../nbs/01_ode_solvers.ipynb #2fe63c5f
 def multistep(order:int=2,  # how many slopes are used, 1 to 4
              ) -> Callable: # a solver step
-    "Adams-Bashforth on the true, uneven steps: one evaluation a step; the first steps have lower order."
+    "Adams-Bashforth on the true, uneven steps: one evaluation a step; the first steps have lower order. ValueError for other orders."
     if order not in (1, 2, 3, 4): raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
     def multistep_step(flow:Flow, x:Tensor, t:float, t_next:float, history:list|None=None) -> Tensor:
-        "One step; `history` holds (time, slope) of the steps before and is updated."
+        "One step, `[B, ...]` to `[B, ...]`; `history` holds (time, slope) of the steps before and is updated."
         history = [] if history is None else history
         history.append((t, flow.slope(x, t)))
         del history[:-order]
@@ -252,10 +252,7 @@ def check_state(x:Tensor,                      # noise or images, `[B, ...]`
                 name:str="noise",              # how the error calls it
                ) -> Tensor:                    # the same values in the sampler's precision
     "A floating-point tensor in the sampler's precision. ValueError for anything else."
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a floating-point tensor, got {kind}")
-    if x.ndim < 1: raise ValueError(f"{name} must have a batch dimension, got a scalar")
+    require_floating(x, name)
     return x.to(dtype or state_dtype(x.device))
 
 # %% ../nbs/01_ode_solvers.ipynb #9102a76d
@@ -355,7 +352,7 @@ def rk45(denoise:Callable,           # D(x, sigma, **cond)
          dtype:torch.dtype|None=None,  # of the state; float64 where the device has it
          **cond,                     # for the denoiser
         ) -> Tensor:                 # samples, `[B, ...]`
-    "Adaptive Dormand-Prince 5(4) from torchdiffeq, then Euler's step to 0: a black box to compare with."
+    "Adaptive Dormand-Prince 5(4) from torchdiffeq, then Euler's step to 0: a black box to compare with. ValueError for bad input."
     from torchdiffeq import odeint
     levels, x = check_sigmas(sigmas), check_state(noise, dtype)
     flow = Flow(denoise, schedule, **cond)

@@ -64,7 +64,7 @@ def test_bad_levels_are_refused_everywhere(sigma):
 
 
 def test_wrong_answer_of_a_denoiser_is_refused():
-    with pytest.raises(ValueError, match=r"returned \(2,\)"): score(lambda x, sigma: x[:, 0], rand(2, 3), 1.)
+    with pytest.raises(ValueError, match=r"returned shape \(2,\)"): score(lambda x, sigma: x[:, 0], rand(2, 3), 1.)
 
 
 def test_conditions_reach_the_denoiser():
@@ -171,6 +171,14 @@ def test_slope_without_data_dependent_branches():
 
 
 # oracles
+
+def test_points_have_no_density():
+    points, mixed = torch.tensor([[-1.], [1.]], dtype=torch.float64), torch.tensor([0.3, 0.])
+    for std in (0., mixed):
+        with pytest.raises(ValueError, match="std = 0 is a point"): MixtureDenoiser(points, std).log_prob(rand(3, 1))
+        assert MixtureDenoiser(points, std).log_prob(rand(3, 1), 1e-3).isfinite().all()
+    assert MixtureDenoiser(points, 0.3).log_prob(rand(3, 1), 0.).isfinite().all()
+
 
 def test_oracle_samples_have_the_stated_moments():
     g = torch.Generator().manual_seed(0)
@@ -305,8 +313,10 @@ def test_time_steps(n):
 def test_iddpm_levels():
     u = iddpm_levels()
     assert u.shape == (1001,) and u[-1] == 0 and (u.diff() < 0).all() and (u[:8] > 81).all()
-    assert u[8].item() == pytest.approx(80.2037, abs=5e-5)
-    assert TABLE_1["iddpm"].sigmas(18)[:3].tolist() == pytest.approx([80.20368, 9.68785, 5.06820], rel=2e-6)
+    assert u[8].item() == pytest.approx(80.2037018, abs=1e-7)                 # in 40 digits: 80.20370184543...
+    assert TABLE_1["iddpm"].sigmas(18)[:3].tolist() == pytest.approx([80.20370, 9.68785, 5.06820], abs=5e-6)
+    assert (TABLE_1["iddpm"].times(992).diff() < 0).all()                     # every level from j_0 on, once
+    with pytest.raises(ValueError, match="992 levels.*n=993 steps would repeat"): TABLE_1["iddpm"].times(993)
     c_noise = TABLE_1["iddpm"].c_noise
     assert c_noise(u[:-1]).tolist() == list(range(999, -1, -1))
     assert c_noise(u[:-1].float()).tolist() == list(range(999, -1, -1))       # float32 levels find their own index
