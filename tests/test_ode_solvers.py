@@ -1,5 +1,6 @@
 """Deterministic sampling: levels, orders of convergence, identities, devices, bad input. No network, no data set."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from edm_nb.ode_solvers import (Flow, adams_bashforth_weights, check_sigmas, coe
                                 iddpm_sigmas, invert_ode, is_finite, multistep, ode_states, rk2, rk45, sample_ode, state_dtype,
                                 ve_sigmas, vp_sigmas)
 
+ROOT = Path(__file__).resolve().parent.parent
 VP = vp_schedule()
 SCHEDULES = {"linear": LINEAR, "ve": VE, "vp": VP}
 ROWS = {"vp": vp_sigmas, "ve": ve_sigmas, "iddpm": iddpm_sigmas, "edm": edm_sigmas}
@@ -487,3 +489,22 @@ def test_other_non_finite_values():
     once = iter([math.nan])
     with pytest.raises(ValueError, match="second run"): sample_ode(lambda x, sigma: x*next(once, 0.5), randn(2, 4), edm_sigmas(4))
     assert is_finite(randn(3)) and not is_finite(torch.tensor([1.0, math.inf])) and not is_finite(torch.tensor([math.inf, -math.inf]))
+
+
+# ---- the spectrum of photographs that chapters 00 and 01 read ----
+
+def test_cosine_moments_and_the_file_of_the_book(monkeypatch):
+    from safetensors import safe_open
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import spectrum
+    basis = spectrum.cosine_basis(8)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(8, dtype=torch.float64))
+    mean, std = randn(3, 8, 8), randn(3, 8, 8, seed=1).abs() + 0.1
+    waves = randn(4000, 3, 8, 8, seed=2)
+    waves = mean + std * (waves - waves.mean(0)) / waves.std(0)                # these moments exactly
+    for found, wanted in zip(spectrum.moments(basis.T @ waves @ basis), (mean, std)): torch.testing.assert_close(found, wanted)
+    with safe_open(ROOT / "results" / "cifar10_spectrum.safetensors", "pt") as file:
+        stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    assert {name: value.shape for name, value in stored.items()} == dict(mean=(3, 32, 32), std=(3, 32, 32))
+    assert (stored["std"] > 0).all() and stored["std"].max() / stored["std"].min() > 1000
+    assert metadata["data"] == "CIFAR-10" and metadata["images"] == "3000" and metadata["split"] == "train" and metadata["note"]
