@@ -10,8 +10,8 @@ __all__ = ['MOST_NUMBERS', 'SOLVERS', 'app', 'Out', 'Overwrite', 'Labels', 'At',
            'load_model', 'known_about', 'seed_labels', 'generate', 'read_labels', 'warn_guidance', 'collect', 'report',
            'generate_all', 'show_version', 'every_command', 'read_config', 'describe', 'change', 'with_sigma_data',
            'follow', 'check_run', 'last_record', 'train', 'presets', 'suggest', 'write_images', 'write_folder',
-           'sample', 'feature_network', 'image_stats', 'source_shape', 'stats', 'is_model', 'model_score', 'fid',
-           'halves_distance', 'demo', 'convert', 'main']
+           'sample', 'feature_network', 'image_stats', 'source_shape', 'stats', 'check_bytes', 'is_model',
+           'model_score', 'fid', 'halves_distance', 'demo', 'convert', 'main']
 
 # %% ../nbs/15_cli.ipynb #b2118039
 import contextlib, functools, json, math, os, re, signal, sys, tempfile, threading, time, warnings
@@ -525,6 +525,14 @@ def stats(images:Annotated[str, typer.Argument(help="digits, cifar10, cifar10-te
         if team.rank == 0: save_stats(out, found)
         report(team, f"wrote {out}: {found.n} images, {network.dim} features ({network.name})")
 
+# %% ../nbs/15_cli.ipynb #c2005afc
+def check_bytes(known:dict, source:str) -> None:   # from `known_about`; for messages
+    "A distance is measured on bytes: latents have none, and other float data become bytes as if −1 were black and 1 white."
+    facts = known.get("data", {})
+    if facts.get("dtype") != "float32": return
+    if facts["shape"][0] not in (1, 3): raise UsageError(f"{source} was trained on float data of {facts['shape'][0]} channels; fid compares images of bytes")
+    warnings.warn(f"{source} was trained on float data; for the distance its samples become bytes, −1 black and 1 white", stacklevel=2)
+
 # %% ../nbs/15_cli.ipynb #3ab0f1fb
 def is_model(source:str) -> bool:
     "Whether a path is a checkpoint or a run folder, and not images."
@@ -566,7 +574,7 @@ def fid(source:Annotated[str, typer.Argument(help="a checkpoint, a run folder, i
     with join_team(device) as team:
         if is_model(source) or at is not None:
             known = known_about(source, at)
-            if known.get("data", {}).get("dtype") == "float32": raise UsageError(f"{source} was trained on float data; fid compares images of bytes")
+            check_bytes(known, source)
             if team.rank == 0: warn_guidance(known, sampling, guide)
             given = dict(zip(("classes", "vectors"), read_labels(known, labels, classes)))
             score = model_score(team, model_file(source, at) if at is not None else Path(source), ref, features, weights, n, repeats, seed, batch, sampling, guide, given)

@@ -340,3 +340,27 @@ def test_sigterm_ends_a_training_with_its_state_and_143(tmp_path):
     finally: process.kill()
     assert process.returncode == 143
     assert checkpoints.load_state(tmp_path / "run/state")[1]["images"] >= 512
+
+
+def test_sigterm_outside_an_update_unwinds_too():
+    with pytest.raises(SystemExit) as ended, cli.polite_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_rectangles_by_command(tmp_path):
+    wide = torch.cat([digits().images, digits().images], 3)[:80]
+    write_zip(tmp_path / "wide.zip", dataclasses.replace(digits().take(slice(0, 80)), images=wide))
+    assert edm_nb("train", "toy", "--images", 64, "--data", tmp_path / "wide.zip", "--device", "cpu", "--out", tmp_path / "run").exit_code == 0
+    done = edm_nb("sample", tmp_path / "run", "--seeds", "0-3", "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.npz")
+    assert done.exit_code == 0, done.output
+    with np.load(tmp_path / "x.npz") as file: assert file["images"].shape == (4, 1, 8, 16)
+
+
+def test_distances_of_float_pictures_are_measured_with_a_warning():
+    for channels in (1, 3):
+        with pytest.warns(UserWarning, match="become bytes"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
+    with pytest.raises(cli.UsageError, match="float data of 4 channels"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
+    cli.check_bytes({}, "run")
