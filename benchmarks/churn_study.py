@@ -22,7 +22,7 @@ from edm_nb.checkpoints import load
 from edm_nb.data import cifar10, digits, one_hot, to_float, to_uint8
 from edm_nb.figures import save_png
 from edm_nb.framework import IdealDenoiser
-from edm_nb.metrics import feature_stats, frechet_distance, pixels
+from edm_nb.metrics import feature_stats, stats_distance, pixels
 from edm_nb.ode_solvers import edm_sigmas
 from edm_nb.stochastic import Churn, SeededNoise, churn_gammas, langevin_states, sample, sample_sde, song_beta
 
@@ -164,7 +164,7 @@ def ablation(arguments):
 
     def distance(images):
         found = feature_stats(to_uint8(images), features)
-        return frechet_distance(found.mean, found.cov, real.mean, real.cov)
+        return stats_distance(found, real)
 
     known = {}   # amounts beyond the cap give the same gamma: such a cell is copied, not run again
 

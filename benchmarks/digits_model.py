@@ -14,7 +14,7 @@ from record import RESULTS, cpu_name, now, versions
 from edm_nb import checkpoints
 from edm_nb.data import digits, one_hot, to_uint8
 from edm_nb.figures import save_png
-from edm_nb.metrics import feature_stats, frechet_distance, pixels
+from edm_nb.metrics import feature_stats, stats_distance, pixels
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 from edm_nb.training import PRESETS, ema_denoiser, sample_grid, table_1_rows, train
 
@@ -27,7 +27,7 @@ def pixel_distance(denoiser, seed=0, steps=18):
     with torch.no_grad():
         x = sample_ode(denoiser, noise, edm_sigmas(steps, low, high), class_labels=one_hot(data.labels, 10)).float()
     real, fake = (feature_stats(images, pixels()) for images in (data.images, to_uint8(x)))
-    return float(frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
+    return stats_distance(real, fake)
 
 
 def train_and_save(config, path):

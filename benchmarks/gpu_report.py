@@ -47,7 +47,7 @@ from edm_nb.augmentation import AugmentPipe, Draw, apply as apply_augment
 from edm_nb.data import ImageSet, IndexStream, cifar10, hash_buffer, load_images, one_hot, to_float, to_uint8
 from edm_nb.figures import save_png
 from edm_nb.framework import LINEAR, VE, MixtureDenoiser, vp_schedule
-from edm_nb.metrics import FeatureStats, cifar_features, frechet_distance, nearest_neighbours
+from edm_nb.metrics import FeatureStats, cifar_features, stats_distance, nearest_neighbours
 from edm_nb.networks import build_network
 from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.preconditioning import Preconditioned
@@ -211,7 +211,7 @@ class Report:
         "Fréchet distance of n samples against the training statistics, and the seconds that drawing them took."
         start = time.perf_counter()
         stats, reference = self.stats(self.draw(denoise, n, sigmas, churn, solver, schedule)), self.reference()
-        return dict(distance=frechet_distance(stats.mean, stats.cov, reference.mean, reference.cov), n=n,
+        return dict(distance=stats_distance(stats, reference), n=n,
                     seconds=round(time.perf_counter() - start, 1))
 
     # --- stages, rows, time
@@ -527,7 +527,7 @@ def model(report):
     return dict(config=dataclasses.asdict(config), **chosen, rows=rows, best_churn=best, gpu_seconds=spent, target=dict(gpu_seconds=1200),
                 curve=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
                 budget_minutes=report.args.minutes, sample_batch=report.args.sample_batch, steps=18,
-                train_test_floor=frechet_distance(floor.mean, floor.cov, reference.mean, reference.cov),
+                train_test_floor=stats_distance(floor, reference),
                 floor_n=len(report.data("test")), weights_mb=weights.stat().st_size / 1e6,
                 weights_fit=weights.stat().st_size <= LARGEST_WEIGHTS * 10**6, **report.measured_against())
 

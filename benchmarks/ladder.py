@@ -18,7 +18,7 @@ from record import RESULTS, cores, cpu_name, now, versions, write_json
 
 from edm_nb.data import book_images, digits, one_hot, to_uint8
 from edm_nb.framework import LINEAR, VE, vp_schedule
-from edm_nb.metrics import feature_stats, frechet_distance, pixels
+from edm_nb.metrics import feature_stats, stats_distance, pixels
 from edm_nb.ode_solvers import edm_sigmas, euler, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.training import EMA, TrainConfig, ema_beta, ema_denoiser, ladder, shrink, table_1_rows, train
 
@@ -45,7 +45,7 @@ def distance(images, data):
     "Fréchet distance of pixels against the training images."
     features = pixels(tuple(data.images.shape[1:]))
     a, b = feature_stats(data.images, features), feature_stats(images, features)
-    return float(frechet_distance(a.mean, a.cov, b.mean, b.cov))
+    return stats_distance(a, b)
 
 
 def shape_statistics(images, labels):

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from edm_nb.data import digits, to_float
 from edm_nb.framework import IdealDenoiser
-from edm_nb.metrics import FeatureStats, frechet_distance
+from edm_nb.metrics import FeatureStats, stats_distance
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 from edm_nb.preconditioning import (
     Preconditioned,
@@ -132,7 +132,7 @@ def evaluate(denoise, data, n, n_samples):
     target = FeatureStats(64).update(data.draw(50_000, generator).double())
     reached = FeatureStats(64).update(samples.double().clamp(-3, 3))
     return {"sigmas": sigmas, "error": errors, "f_error": f_errors, "sample_std": samples.std().item(),
-                "frechet": float(frechet_distance(reached.mean, reached.cov, target.mean, target.cov)),
+                "frechet": stats_distance(reached, target),
                 "samples": (samples[:16] * 127.5 + 128).clamp(0, 255).to(torch.uint8).tolist()}
 
 

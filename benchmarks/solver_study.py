@@ -42,7 +42,7 @@ def rms(x):
 def distance(images, reference, features):
     "Fréchet distance in pixel space, squared pixel units."
     stats = metrics.feature_stats(to_uint8(images.float()), features)
-    return metrics.frechet_distance(stats.mean, stats.cov, reference.mean, reference.cov)
+    return metrics.stats_distance(stats, reference)
 
 
 def labels(denoise, n, generator):
@@ -142,7 +142,7 @@ def main():
     cond = dict(class_labels=torch.nn.functional.one_hot(data.labels[chosen], dim).float()) if dim else {}
     halves = torch.randperm(len(data), generator=generator)
     stats = lambda index: metrics.feature_stats(data.images[index], features)
-    between = lambda a, b: metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    between = metrics.stats_distance
     draws = [between(stats(torch.randperm(len(data), generator=generator)[:args.samples]), reference) for _ in range(20)]
     settings = dict(
         task="digits, class-conditional network, Fréchet distance of pixel statistics, float64 state", model=args.model.name,

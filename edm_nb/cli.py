@@ -30,7 +30,7 @@ from . import __version__, checkpoints
 from .data import ImageSet, cifar10, digits, load_images, one_hot, to_uint8, write_zip
 from .figures import save_png
 from .files import write_atomic
-from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_stats, frechet_distance, inception, measure, pixels,
+from .metrics import (FeatureStats, Protocol, Score, cifar_features, feature_stats, inception, measure, pixels,
                             reference_stats, sampling_cost, save_stats, stats_distance)
 from .ode_solvers import edm_sigmas, euler, heun, rk2
 from .preconditioning import Preconditioned, estimate_sigma_data, iddpm_scalings, suggest_settings
@@ -596,7 +596,7 @@ def halves_distance(images:Tensor,     # uint8 `[N, C, H, W]`
     "Fréchet distance between two random halves: what two equal distributions score at this size."
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     one, two = (feature_stats(images[part], features) for part in order.chunk(2))
-    return frechet_distance(one.mean, one.cov, two.mean, two.cov)
+    return stats_distance(one, two)
 
 # %% ../nbs/15_cli.ipynb #498eb816
 @app.command(epilog="Example:  edm-nb demo --out runs/demo")
@@ -623,7 +623,7 @@ def demo(out:Out=Path("runs/demo"),
                                              total=math.ceil(count/256), desc="sampling", unit="batch")])
     features = pixels(tuple(data.images.shape[1:]))
     ours, theirs = feature_stats(drawn, features), feature_stats(data.images, features)
-    result = dict(distance=frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov), n=count,
+    result = dict(distance=stats_distance(ours, theirs), n=count,
                   halves=halves_distance(data.images, features), n_halves=count//2, features=features.name,
                   loss=last["loss"], images_seen=last["images"], images_per_second=round(last["images"]/last["seconds"], 1),
                   train_seconds=round(last["seconds"], 1), seconds=round(time.perf_counter() - started, 1), seed=seed, nfe=sampling.nfe,

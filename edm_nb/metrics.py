@@ -6,7 +6,7 @@
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'FEATURES', 'as_moments', 'rounding_noise', 'cholesky_factor', 'pivoted_factor',
            'add_gram', 'roots_sum', 'triangle_product', 'singular_sum', 'root_trace', 'frechet_distance',
            'check_features', 'FeatureStats', 'moments_stats', 'save_stats', 'load_stats', 'world', 'gather_stats',
-           'quantise', 'check_uint8', 'Pixels', 'pixels', 'CifarFeatures', 'file_hash', 'assets', 'cifar_features',
+           'quantise', 'check_uint8', 'Pixels', 'pixels', 'CifarFeatures', 'assets', 'cifar_features',
            'cifar_features_record', 'inception_weights', 'Inception', 'inception', 'metric_name', 'image_batches',
            'extract', 'feature_stats', 'stats_distance', 'subset_distances', 'Extrapolation', 'extrapolate',
            'kernel_sums', 'KID', 'kid', 'distances', 'radii', 'covered', 'PrecisionRecall', 'precision_recall',
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .files import write_atomic
+from .files import file_hash, write_atomic
 
 # %% ../nbs/13_metrics.ipynb #f19c3526
 def as_moments(mean,    # `[d]`, array or tensor
@@ -124,20 +124,19 @@ def root_trace(cov1:Tensor,         # `[d, d]`, float64
                spread:float=1e3,    # of the pivots of both factors, up to which the plain product is tried
               ) -> Tensor:          # scalar
     "tr (Σ₁Σ₂)^½ as the sum of singular values of A₁ᵀA₂; any rank, never complex."
-    a1, a2 = cholesky_factor(cov1), cholesky_factor(cov2)
-    if a1 is not None and a2 is not None:
-        p1, p2 = a1.diagonal(), a2.diagonal()
-        if p1.max()*p2.max() < spread*p1.min()*p2.min():
-            gram = torch.zeros_like(cov1)
-            add_gram(gram, triangle_product(a1, a2))                 # upper blocks of GᵀG, which has the same eigenvalues
-            found = roots_sum(gram.T, 2*(p1.log().sum() + p2.log().sum()))
-            if found is not None: return found
     order = cov1.diagonal().argsort(descending=True)
     cov1, cov2 = cov1[order[:, None], order], cov2[order[:, None], order]
     a1, a2 = cholesky_factor(cov1), cholesky_factor(cov2)
-    if a1 is not None and a2 is not None: return singular_sum(triangle_product(a1, a2))
-    a1, a2 = (pivoted_factor(cov) if a is None else a for a, cov in ((a1, cov1), (a2, cov2)))
-    return singular_sum(a1.T @ a2)
+    if a1 is None or a2 is None:
+        a1, a2 = (pivoted_factor(cov) if a is None else a for a, cov in ((a1, cov1), (a2, cov2)))
+        return singular_sum(a1.T @ a2)
+    product, p1, p2 = triangle_product(a1, a2), a1.diagonal(), a2.diagonal()
+    if p1.max()*p2.max() < spread*p1.min()*p2.min():
+        gram = torch.zeros_like(product)
+        add_gram(gram, product)                                  # upper blocks of GᵀG, which has the same eigenvalues
+        found = roots_sum(gram.T, 2*(p1.log().sum() + p2.log().sum()))
+        if found is not None: return found
+    return singular_sum(product)
 
 # %% ../nbs/13_metrics.ipynb #765b2c60
 def frechet_distance(mean1,   # `[d]`, array or tensor
@@ -389,15 +388,6 @@ class CifarFeatures:
         "Class scores `[B, 10]`: the layer that trained the features, kept so that its accuracy can be checked."
         last = self(images)[:, -self.weights["head.weight"].shape[1]:]        # the classifier reads the last block
         return last @ self.weights["head.weight"].T + self.weights["head.bias"]
-
-# %% ../nbs/13_metrics.ipynb #c7994b65
-def file_hash(path,          # file to read
-             ) -> str:       # 64 hexadecimal digits
-    "sha256 of a file."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20): digest.update(piece)
-    return digest.hexdigest()
 
 # %% ../nbs/13_metrics.ipynb #cb2ed61e
 def assets() -> Path:   # folder
