@@ -21,10 +21,13 @@ from record import RESULTS, hardware_line, now, versions, write_json
 from edm_nb.checkpoints import load
 from edm_nb.data import cifar10, digits, one_hot, to_float, to_uint8
 from edm_nb.figures import save_png
-from edm_nb.framework import IdealDenoiser
-from edm_nb.metrics import feature_stats, stats_distance, pixels
+from edm_nb.oracles import IdealDenoiser
+from edm_nb.features import feature_stats, pixels, stats_distance
 from edm_nb.ode_solvers import edm_sigmas
-from edm_nb.stochastic import Churn, SeededNoise, churn_gammas, langevin_states, sample, sample_sde, song_beta
+from edm_nb.stochastic import (
+    Churn, churn_gammas, langevin_states, sample, sample_sde, song_beta
+)
+from edm_nb.randomness import SeededNoise
 
 class Record:
     "A result file that grows setting by setting and is whole at every moment."

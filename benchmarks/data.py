@@ -21,6 +21,7 @@ import torchvision.io  # noqa: F401
 from record import RESULTS, clock, cores, cpu_name, load, now, timed, versions, write_json
 
 from edm_nb import __version__, data
+from edm_nb import randomness
 
 
 def pil_loop(path):
@@ -69,7 +70,7 @@ def threads_by_size(path, repeats):
 
 def sampling(image_set, batch=512, batches=100, seed=0):
     "Images per second when random batches are taken from the map and turned into floats."
-    stream = data.IndexStream(len(image_set), seed)
+    stream = randomness.IndexStream(len(image_set), seed)
     wall, cpu, _ = clock(lambda: [data.to_float(image_set.images[stream.next(batch)]) for _ in range(batches)])
     return dict(batch=batch, n=batches, images_per_second=batch * batches / wall, images_per_cpu_second=batch * batches / cpu)
 

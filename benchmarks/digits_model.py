@@ -14,9 +14,11 @@ from record import RESULTS, cpu_name, now, versions
 from edm_nb import checkpoints
 from edm_nb.data import digits, one_hot, to_uint8
 from edm_nb.figures import save_png
-from edm_nb.metrics import feature_stats, stats_distance, pixels
+from edm_nb.features import feature_stats, pixels, stats_distance
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
-from edm_nb.training import PRESETS, ema_denoiser, sample_grid, table_1_rows, train
+from edm_nb.configs import PRESETS, table_1_rows
+from edm_nb.training import ema_denoiser
+from edm_nb.runs import sample_grid, train
 
 
 def pixel_distance(denoiser, seed=0, steps=18):

@@ -13,6 +13,7 @@ import torch
 
 from record import RESULTS, hardware_line, now, versions, write_json
 from edm_nb import metrics
+from edm_nb import features, frechet
 from edm_nb.data import cifar10
 
 NOISE, BLUR, QUALITY = (0.02, 0.04, 0.08, 0.16, 0.32), (0.5, 0.8, 1.2, 2.0), (75, 50, 25, 12, 5)
@@ -22,7 +23,7 @@ MISSING, UNEQUAL = (1, 2, 4, 6), (2, 4, 8, 16)      # classes left out; ratio of
 
 def stats_of(features, network):
     "Statistics of features that are already there."
-    return metrics.FeatureStats(network.dim, network.name, network.hash).update(features)
+    return frechet.FeatureStats(network.dim, network.name, network.hash).update(features)
 
 
 def summary(values, level, unit):
@@ -37,36 +38,36 @@ def main():
     parser.add_argument("--out", default=RESULTS/"feature_ladder.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    start, cpu_start, network = time.perf_counter(), time.process_time(), metrics.cifar_features()
+    start, cpu_start, network = time.perf_counter(), time.process_time(), features.cifar_features()
     train, test = cifar10("train").take(slice(0, args.pool)), cifar10("test")
-    reference_features = metrics.extract(test.images, network)
+    reference_features = features.extract(test.images, network)
     reference = stats_of(reference_features, network)
-    pool = metrics.extract(train.images, network)
+    pool = features.extract(train.images, network)
     print(f"features of the pool: {time.perf_counter() - start:.0f} s", flush=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(args.repeats)]
-    subsets = [metrics.pick_classes(train.labels, [1]*10, args.n, g) for g in generators]
-    score = lambda features: metrics.stats_distance(stats_of(features, network), reference)
+    subsets = [features.pick_classes(train.labels, [1]*10, args.n, g) for g in generators]
+    score = lambda features: features.stats_distance(stats_of(features, network), reference)
     floor = summary([score(pool[index]) for index in subsets], 0, "undamaged")
 
     def images_ladder(levels, unit, damage):
         steps = [floor | dict(level=0, unit=unit)]
         for level in levels:
-            steps.append(summary([score(metrics.extract(damage(train.images[i], level, g), network)) for i, g in zip(subsets, generators)], level, unit))
+            steps.append(summary([score(features.extract(damage(train.images[i], level, g), network)) for i, g in zip(subsets, generators)], level, unit))
             print(unit, steps[-1], flush=True)
         return steps
 
     def classes_ladder(levels, unit, shares):
         return [floor | dict(level=0 if unit.startswith("classes") else 1, unit=unit)] + [
-            summary([score(pool[metrics.pick_classes(train.labels, shares(level), args.n, g)]) for g in generators], level, unit) for level in levels]
+            summary([score(pool[features.pick_classes(train.labels, shares(level), args.n, g)]) for g in generators], level, unit) for level in levels]
 
     ladders = {
-        "noise": images_ladder(NOISE, "std / 255", metrics.add_noise),
-        "blur": images_ladder(BLUR, "std (pixels)", lambda images, level, g: metrics.blur(images, level)),
-        "JPEG": images_ladder(QUALITY, "quality", lambda images, level, g: metrics.jpeg(images, level, offset=4)),
+        "noise": images_ladder(NOISE, "std / 255", features.add_noise),
+        "blur": images_ladder(BLUR, "std (pixels)", lambda images, level, g: features.blur(images, level)),
+        "JPEG": images_ladder(QUALITY, "quality", lambda images, level, g: features.jpeg(images, level, offset=4)),
         "missing classes": classes_ladder(MISSING, "classes left out", lambda k: [0]*k + [1]*(10 - k)),
         "unequal classes": classes_ladder(UNEQUAL, "largest/smallest class", lambda r: [r**(-c/9) for c in range(10)])}
     few = [index[torch.randperm(len(index), generator=g)[:JPEG_N]] for index, g in zip(subsets, generators)]
-    curve = lambda offset: [dict(quality=q) | {k: v for k, v in summary([score(metrics.extract(metrics.jpeg(train.images[i], q, offset), network))
+    curve = lambda offset: [dict(quality=q) | {k: v for k, v in summary([score(features.extract(features.jpeg(train.images[i], q, offset), network))
                             for i in few], q, "quality").items() if k in ("mean", "std", "values")} for q in QUALITIES]
     jpeg = dict(n=len(few[0]), untouched=float(np.mean([score(pool[i]) for i in few])), offsets={offset: curve(offset) for offset in (0, 4)})
     print("JPEG", json.dumps(jpeg), flush=True)
@@ -74,9 +75,9 @@ def main():
     bias = [metrics.subset_distances(pool, reference, sizes, g) for g in generators]
     halves = torch.randperm(len(reference_features), generator=generators[0])
     half = len(halves)//2
-    among = metrics.stats_distance(stats_of(reference_features[halves[:half]], network), stats_of(reference_features[halves[half:]], network))
+    among = features.stats_distance(stats_of(reference_features[halves[:half]], network), stats_of(reference_features[halves[half:]], network))
     kid = metrics.kid(pool[subsets[0]], reference_features[:args.n])
-    kinds = {name: metrics.rank_correlation(range(len(steps)), [s["mean"] for s in steps]) for name, steps in ladders.items()}
+    kinds = {name: features.rank_correlation(range(len(steps)), [s["mean"] for s in steps]) for name, steps in ladders.items()}
     record = dict(features=network.name, features_hash=network.hash, data="CIFAR-10 as stored (see the training record)", n=args.n, repeats=args.repeats,
                   reference="test set", reference_n=len(test), kinds=ladders, rank_correlation=kinds, jpeg=jpeg, floor=floor, halves_of_test=dict(n=half, value=among),
                   kid_floor=dict(value=kid.value, error=kid.error, n=args.n), bias=dict(sizes=sizes, values=bias), seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start,

@@ -44,16 +44,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from record import ROOT, gpu_name, hardware, now, versions, wait, write_json
 from edm_nb import checkpoints
 from edm_nb.augmentation import AugmentPipe, Draw, apply as apply_augment
-from edm_nb.data import ImageSet, IndexStream, cifar10, hash_buffer, load_images, one_hot, to_float, to_uint8
+from edm_nb.data import (
+    cifar10, hash_buffer, ImageSet, load_images, one_hot, to_float, to_uint8
+)
+from edm_nb.randomness import IndexStream
 from edm_nb.figures import save_png
 from edm_nb.framework import LINEAR, VE, MixtureDenoiser, vp_schedule
-from edm_nb.metrics import FeatureStats, cifar_features, stats_distance, nearest_neighbours
+from edm_nb.frechet import FeatureStats
+from edm_nb.features import cifar_features, stats_distance
+from edm_nb.metrics import nearest_neighbours
 from edm_nb.networks import build_network
 from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.preconditioning import Preconditioned
-from edm_nb.stochastic import BEST_CHURN, Churn, SeededNoise, langevin_states, sample
-from edm_nb.training import (EMA, PRESETS, build_denoiser, ema_beta, ema_denoiser, edm_loss, make_batch, new_state,
-                             stream_seed, to_device, train, train_step)
+from edm_nb.stochastic import BEST_CHURN, Churn, langevin_states, sample
+from edm_nb.randomness import SeededNoise
+from edm_nb.training import (
+    build_denoiser, edm_loss, EMA, ema_beta, ema_denoiser, make_batch, new_state,
+    train_step
+)
+from edm_nb.configs import PRESETS
+from edm_nb.randomness import stream_seed
+from edm_nb.runs import to_device, train
 
 # seconds after which a stage starts no new row; of `model` the measuring only, its training is bounded by --minutes
 LIMITS = dict(correctness=60, trials=300, model=480, artefacts=150, training=270, sampling=150, study=360)

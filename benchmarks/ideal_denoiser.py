@@ -17,7 +17,7 @@ import torch
 from record import RESULTS, cores, cpu_name, load, now, spread, timed, versions, write_json
 
 from edm_nb.data import cifar10, to_float
-from edm_nb.framework import IdealDenoiser
+from edm_nb.oracles import IdealDenoiser
 
 KIND = 3   # queries of each kind in the error measurement
 

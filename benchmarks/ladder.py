@@ -18,9 +18,11 @@ from record import RESULTS, cores, cpu_name, now, versions, write_json
 
 from edm_nb.data import book_images, digits, one_hot, to_uint8
 from edm_nb.framework import LINEAR, VE, vp_schedule
-from edm_nb.metrics import feature_stats, stats_distance, pixels
+from edm_nb.features import feature_stats, pixels, stats_distance
 from edm_nb.ode_solvers import edm_sigmas, euler, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
-from edm_nb.training import EMA, TrainConfig, ema_beta, ema_denoiser, ladder, shrink, table_1_rows, train
+from edm_nb.training import EMA, ema_beta, ema_denoiser
+from edm_nb.configs import ladder, table_1_rows, TrainConfig
+from edm_nb.runs import shrink, train
 
 def describe_machine():
     "What the numbers were measured on; all trainings run on the CPU."

@@ -13,6 +13,7 @@ import torch
 
 from record import RESULTS, clock, hardware_line, load, now, versions, write_json
 from edm_nb import metrics
+from edm_nb import features, frechet
 
 
 def pair(d, spectrum, seed):
@@ -62,7 +63,7 @@ def general_sqrtm(a, b):
 def methods():
     "Name -> function of two covariances; peers only where installed."
     zero = lambda a: torch.zeros(len(a), dtype=torch.float64)
-    found = {"edm_nb": lambda a, b: metrics.frechet_distance(zero(a), a, zero(b), b),
+    found = {"edm_nb": lambda a, b: frechet.frechet_distance(zero(a), a, zero(b), b),
              "Cholesky + symmetric eigenvalues": cholesky_eigenvalues, "eigen factors + singular values": eigen_singular}
     try:
         import scipy.linalg  # noqa: F401
@@ -109,7 +110,7 @@ def streaming(d, n, repeats, seed):
     "Accumulate n features in batches of 64: this package, and the plain loop of outer-product sums in float64."
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     def ours():
-        stats = metrics.FeatureStats(d)
+        stats = frechet.FeatureStats(d)
         for batch in x.split(64): stats.update(batch)
         return stats.cov
     def plain():
@@ -126,9 +127,9 @@ def others(repeats, seed):
     g = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(4000, 256, generator=g) for _ in range(2))
     images = torch.randint(256, (1000, 3, 32, 32), generator=g).byte()
-    network = metrics.cifar_features()
+    network = features.cifar_features()
     network(images[:256])
-    rate = fastest(lambda: metrics.extract(images, network), repeats)[1]
+    rate = fastest(lambda: features.extract(images, network), repeats)[1]
     return dict(kid_4000x256=fastest(lambda: metrics.kid(a, b), 1)[1], precision_recall_4000x256=fastest(lambda: metrics.precision_recall(a, b), 1)[1],
                 cifar_features_50000={k: v*50_000/len(images) for k, v in rate.items() if k != "repeats"})
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from edm_nb.data import digits, to_float
-from edm_nb.framework import IdealDenoiser
-from edm_nb.metrics import FeatureStats, stats_distance
+from edm_nb.oracles import IdealDenoiser
+from edm_nb.frechet import FeatureStats
+from edm_nb.features import stats_distance
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 from edm_nb.preconditioning import (
     Preconditioned,

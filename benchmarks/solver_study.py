@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from record import RESULTS, hardware, now, versions, write_json
 from edm_nb import checkpoints, files, metrics
+from edm_nb import features
 from edm_nb.data import digits, to_float, to_uint8
 from edm_nb.framework import LINEAR, VE, vp_schedule
 from edm_nb.ode_solvers import (Flow, count_nfe, edm_sigmas, euler, heun, iddpm_sigmas, invert_ode, multistep, rk2, rk45,
@@ -41,8 +42,8 @@ def rms(x):
 
 def distance(images, reference, features):
     "Fréchet distance in pixel space, squared pixel units."
-    stats = metrics.feature_stats(to_uint8(images.float()), features)
-    return metrics.stats_distance(stats, reference)
+    stats = features.feature_stats(to_uint8(images.float()), features)
+    return features.stats_distance(stats, reference)
 
 
 def labels(denoise, n, generator):
@@ -134,15 +135,15 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     start, denoise, data = time.time(), checkpoints.load(args.model), digits()
-    shape, features = data.images.shape[1:], metrics.pixels(tuple(data.images.shape[1:]))
-    reference = metrics.feature_stats(data.images, features)
+    shape, features = data.images.shape[1:], features.pixels(tuple(data.images.shape[1:]))
+    reference = features.feature_stats(data.images, features)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(data), generator=generator)[:16]
     dim = denoise.net.label_dim
     cond = dict(class_labels=torch.nn.functional.one_hot(data.labels[chosen], dim).float()) if dim else {}
     halves = torch.randperm(len(data), generator=generator)
-    stats = lambda index: metrics.feature_stats(data.images[index], features)
-    between = metrics.stats_distance
+    stats = lambda index: features.feature_stats(data.images[index], features)
+    between = features.stats_distance
     draws = [between(stats(torch.randperm(len(data), generator=generator)[:args.samples]), reference) for _ in range(20)]
     settings = dict(
         task="digits, class-conditional network, Fréchet distance of pixel statistics, float64 state", model=args.model.name,

@@ -11,7 +11,8 @@ from record import RESULTS, hardware_line, now, timed, versions, write_json
 
 from edm_nb.framework import ode_derivative, score
 from edm_nb.ode_solvers import Flow, edm_sigmas, heun
-from edm_nb.stochastic import MAX_GAMMA, SeededNoise, add_churn, langevin, sample_sde, song_beta
+from edm_nb.stochastic import add_churn, langevin, MAX_GAMMA, sample_sde, song_beta
+from edm_nb.randomness import SeededNoise
 
 
 def naive_langevin(denoise, x, sigma, n, randn_like):

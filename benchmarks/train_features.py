@@ -199,7 +199,7 @@ def main():
     exact = accuracy(lambda u8: model(to_float(u8).to(args.device)), test.images, test.labels)
     tensors = fold(model)
     content = to_safetensors(tensors, metadata={"format": "pt", "licence": "Apache-2.0"})
-    from edm_nb.metrics import CifarFeatures
+    from edm_nb.features import CifarFeatures
     shipped = CifarFeatures({k: v.float() for k, v in tensors.items()}, hashlib.sha256(content).hexdigest())
     record = dict(
         name="cifar-features", test_accuracy=accuracy(shipped.logits, test.images, test.labels),

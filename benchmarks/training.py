@@ -16,7 +16,8 @@ from record import RESULTS, clock, cores, cpu_name, gpu_name, now, peak_memory, 
 from torch.utils.flop_counter import FlopCounterMode
 
 from edm_nb import training as T
-from edm_nb.data import IndexStream
+from edm_nb import configs, runs
+from edm_nb.randomness import IndexStream
 
 
 def milliseconds(part, device, repeats=5):
@@ -34,7 +35,7 @@ def forward_flops(state, batch):
 def measure(config, data, device, updates):
     "The record of one configuration."
     state = T.new_state(config, data, device)
-    data, order, forward = T.to_device(data, device), IndexStream(len(data), 0), T.wrap(state, T.Team(0, 1, device))
+    data, order, forward = runs.to_device(data, device), IndexStream(len(data), 0), runs.wrap(state, runs.Team(0, 1, device))
     make = lambda k: T.make_batch(config, data, order, k * config.batch, device)
     batch = make(0)
     flops = forward_flops(state, batch)
@@ -54,7 +55,7 @@ def measure(config, data, device, updates):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="digits", choices=sorted(T.PRESETS))
+    parser.add_argument("--preset", default="digits", choices=sorted(configs.PRESETS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--batch", type=int, help="images per update")
@@ -65,9 +66,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     changes = dict(batch=args.batch, micro_batch=args.micro_batch, precision=args.precision, compile=args.compile or None)
-    config = dataclasses.replace(T.PRESETS[args.preset], **{k: v for k, v in changes.items() if v is not None})
+    config = dataclasses.replace(configs.PRESETS[args.preset], **{k: v for k, v in changes.items() if v is not None})
     device = torch.device(args.device)
-    record = measure(config, T.load_data(config), device, args.updates)
+    record = measure(config, runs.load_data(config), device, args.updates)
     if args.peak_tflops: record["model_flop_utilisation"] = round(record["training_tflops_per_second"] / args.peak_tflops, 4)
     record |= dict(preset=args.preset, batch=config.batch, precision=config.precision, compile=config.compile, channels_last=config.channels_last,
                    machine=gpu_name() if device.type == "cuda" else f"{cpu_name()}, {cores()} cores",

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from . import __version__
-from .data import Call, Name, PickleReader, hash_buffer
+from .pickles import Call, Name, PickleReader
+from .data import hash_buffer
 from .files import file_hash, write_atomic
 from .networks import build_network
 from .preconditioning import Preconditioned, iddpm_levels

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from .framework import Schedule, as_time, iddpm_levels, require_floating, require_noise_level, vp_schedule
+from .framework import iddpm_levels, Schedule, vp_schedule
+from .checks import as_time, require_floating, require_noise_level
 
 # %% ../nbs/03_preconditioning.ipynb #772b2f83
 def as_sigma(sigma:Tensor|float,  # noise level, a number or any tensor

@@ -14,8 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from edm_nb import checkpoints, cli
+from edm_nb import generation
 from edm_nb.data import digits, load_images, write_zip
-from edm_nb.metrics import feature_stats, frechet_distance, pixels
+from edm_nb.features import feature_stats, pixels
+from edm_nb.frechet import frechet_distance
 from edm_nb.networks import tiny
 from edm_nb.preconditioning import Preconditioned
 
@@ -148,7 +150,7 @@ def test_train_resumes_and_never_takes_a_strange_folder(tmp_path):
 
 
 def test_a_folder_in_use_is_one_line_and_exit_code_2(tmp_path):
-    from edm_nb.training import lock_folder
+    from edm_nb.runs import lock_folder
     with lock_folder(tmp_path / "run"):
         (tmp_path / "run/config.json").write_text("{}")          # as a run that has just begun
         done = edm_nb("train", "toy", "--images", 64, "--device", "cpu", "--out", tmp_path / "run")
@@ -212,7 +214,7 @@ def test_demo_goes_on_where_its_training_is_finished(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [["train", "toy"], ["demo"]])
 def test_overwrite_deletes_nothing_that_another_process_uses(tmp_path, command):
-    from edm_nb.training import lock_folder
+    from edm_nb.runs import lock_folder
     (tmp_path / "run/state").mkdir(parents=True)
     for name in ("config.json", "log.jsonl", "state/state-000000000001.safetensors"):
         (tmp_path / "run" / name).write_text("{}")
@@ -362,5 +364,5 @@ def test_rectangles_by_command(tmp_path):
 def test_distances_of_float_pictures_are_measured_with_a_warning():
     for channels in (1, 3):
         with pytest.warns(UserWarning, match="become bytes"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
-    with pytest.raises(cli.UsageError, match="float data of 4 channels"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
+    with pytest.raises(generation.UsageError, match="float data of 4 channels"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
     cli.check_bytes({}, "run")

@@ -21,7 +21,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from edm_nb import data
-from edm_nb.data import DataError, ImageSet, IndexStream, load_images, write_zip
+from edm_nb import pickles
+from edm_nb.data import ImageSet, load_images, write_zip
+from edm_nb.files import DataError
+from edm_nb.randomness import IndexStream
 
 EXECUTED = "executed"
 
@@ -285,6 +288,7 @@ def test_memory_while_streaming(tmp_path):
 import json, resource, numpy as np, torch
 from pathlib import Path
 from edm_nb import data
+from edm_nb import randomness
 data.memory_bytes = lambda: 2**28
 entry = Path({str(tmp_path)!r})/'entry'; entry.mkdir()
 images = np.lib.format.open_memmap(entry/'images.npy', 'w+', np.uint8, (87382, 3, 32, 32))
@@ -293,7 +297,7 @@ images[::1000] = 7; images.flush(); del images
 def own(): return [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')][0]
 before = own()
 found = data.ImageSet(data.as_tensor(data.read_cache(entry)[0]))
-stream = data.IndexStream(len(found))
+stream = randomness.IndexStream(len(found))
 total = sum(int(found.images[stream.next(64)].sum() > 0) for _ in range(50))
 print((own() - before) // 1024, total > 0)
 """
@@ -547,8 +551,8 @@ def test_hostile_batch(tmp_path, function, args, key):
 
 
 def array_call(shape, dtype="u1", raw=b"", order=False, name="numpy.core.multiarray._reconstruct"):
-    kind = data.Call("numpy.dtype", (dtype, False, True))
-    return data.Call(name, (), (1, shape, kind, order, raw))
+    kind = pickles.Call("numpy.dtype", (dtype, False, True))
+    return pickles.Call(name, (), (1, shape, kind, order, raw))
 
 
 @pytest.mark.parametrize("value", [
@@ -581,14 +585,14 @@ def test_odd_batches(tmp_path):
                     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner, max_size=4), max_leaves=20),
        st.sampled_from([3, 4, 5]))
 def test_machine_reads_plain_pickles(value, protocol):
-    assert data.PickleReader(pickle.dumps(value, protocol), set(), "plain").read() == value
+    assert pickles.PickleReader(pickle.dumps(value, protocol), set(), "plain").read() == value
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 def test_machine_survives_anything(junk):
     try:
-        data.PickleReader(junk, {"collections.OrderedDict"}, "junk", max_ops=1000).read()
+        pickles.PickleReader(junk, {"collections.OrderedDict"}, "junk", max_ops=1000).read()
     except DataError:
         pass
 

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from edm_nb import checkpoints
+from edm_nb import configs, runs
 from edm_nb import training as T
 
 # Adam divides by the gradient's size and so enlarges rounding where a gradient nearly vanishes: the paper's baseline rate keeps
 # that below 1e-5. It also hides a wrong scale of the gradient, which is why gradient norms are compared as well.
-TOY = dataclasses.replace(T.PRESETS["toy"], images=1280, lr=2e-4, log_every=320, save_every=640, augment=0.3, label_dropout=0.1)
+TOY = dataclasses.replace(configs.PRESETS["toy"], images=1280, lr=2e-4, log_every=320, save_every=640, augment=0.3, label_dropout=0.1)
 SCRIPT = """
 import json, os, sys
 import torch
 from edm_nb import training as T
-config = T.config_from(json.loads(sys.argv[1]))
-for record in T.train(config, sys.argv[2], device="cpu", timeout=float(sys.argv[3])):
+from edm_nb import configs, runs
+config = configs.config_from(json.loads(sys.argv[1]))
+for record in runs.train(config, sys.argv[2], device="cpu", timeout=float(sys.argv[3])):
     print(json.dumps([int(os.environ["RANK"]), record.images, record.loss, record.grad_norm]), flush=True)
 torch.save([p.detach() for p in record.state.denoiser.parameters()], f"{sys.argv[2]}-rank{os.environ['RANK']}.pt")
 """
@@ -40,7 +42,7 @@ def start(config, folder, world=2, timeout=60, script=SCRIPT):
         environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=str(port), OMP_NUM_THREADS="1",
                            PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
-        processes.append(subprocess.Popen([sys.executable, "-c", script, T.config_json(config), str(folder), str(timeout)],
+        processes.append(subprocess.Popen([sys.executable, "-c", script, configs.config_json(config), str(folder), str(timeout)],
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
     return processes
 
@@ -61,7 +63,7 @@ def test_two_processes_equal_one(tmp_path):
     ranks = [torch.load(f"{tmp_path/'two'}-rank{r}.pt", weights_only=True) for r in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(*ranks))
     losses, norms = [], []
-    for record in T.train(TOY, device="cpu"): losses.append(record.loss); norms.append(record.grad_norm)
+    for record in runs.train(TOY, device="cpu"): losses.append(record.loss); norms.append(record.grad_norm)
     for a, b in zip(record.state.denoiser.parameters(), ranks[0]): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     lines = [[json.loads(line) for line in out.splitlines() if line.startswith("[")] for out, _ in outputs]
     for r in (0, 1):
@@ -89,24 +91,24 @@ def test_a_dead_rank_ends_the_run_and_the_checkpoint_is_whole(tmp_path, victim):
     tensors, meta, _ = checkpoints.load_state(tmp_path/"run"/"state")
     assert meta["images"] >= 128 and all(v.isfinite().all() for v in tensors.values())
     config = dataclasses.replace(TOY, images=meta["images"] + 128, save_every=128)
-    for record in T.train(config, tmp_path/"run", device="cpu"): pass     # one process goes on where two stopped
+    for record in runs.train(config, tmp_path/"run", device="cpu"): pass     # one process goes on where two stopped
     assert record.images == meta["images"] + 128
 
 
 def test_batch_must_divide():
     from edm_nb.data import digits
-    with pytest.raises(ValueError, match="3 processes"): T.check_data(TOY, digits(), 3)
+    with pytest.raises(ValueError, match="3 processes"): runs.check_data(TOY, digits(), 3)
 
 
 def test_single_process_has_no_process_group():
-    with T.join_team("cpu") as team:
+    with runs.join_team("cpu") as team:
         assert team.world == 1 and not torch.distributed.is_initialized()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_a_folder_in_use_stops_every_process(tmp_path):
     "The first process finds the lock; the others hear of it at once and do not wait for their time-out."
-    with T.lock_folder(tmp_path/"run"):
+    with runs.lock_folder(tmp_path/"run"):
         processes = start(TOY, tmp_path/"run", timeout=200)
         outputs = finish(processes, 100)
     assert all(p.returncode not in (0, None, -9) for p in processes)
@@ -116,8 +118,8 @@ def test_a_folder_in_use_stops_every_process(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_processes_that_see_different_folders_do_not_train(tmp_path):
     "As on machines without a common disk: one finds the state, the other cannot read it."
-    for record in T.train(dataclasses.replace(TOY, images=320), tmp_path/"run", device="cpu"): pass
-    blind = "if os.environ['RANK'] == '1':\n    def lost(path): raise OSError(f'{path} is not here')\n    T.checkpoints.load_state = lost\n"
+    for record in runs.train(dataclasses.replace(TOY, images=320), tmp_path/"run", device="cpu"): pass
+    blind = "if os.environ['RANK'] == '1':\n    def lost(path): raise OSError(f'{path} is not here')\n    runs.checkpoints.load_state = lost\n"
     processes = start(TOY, tmp_path/"run", timeout=200, script=SCRIPT.replace("for record", blind + "for record", 1))
     (_, first), (_, second) = finish(processes, 100)
     assert all(p.returncode not in (0, None, -9) for p in processes)
@@ -127,18 +129,18 @@ def test_processes_that_see_different_folders_do_not_train(tmp_path):
 
 def test_errors_and_disagreement_reach_every_process(monkeypatch):
     "The two helpers, with the exchange replaced by what another process would have said."
-    team = T.Team(0, 2, torch.device("cpu"))
+    team = runs.Team(0, 2, torch.device("cpu"))
     def other_says(pair):
         def exchange(everyone, mine): everyone[:] = [mine, pair]
         monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
     other_says((5, None))
-    assert T.agree(team, lambda: 5) == 5 and T.on_first(team, lambda: 7) == 7
-    with pytest.raises(ValueError, match="process 0: 4; process 1: 5"): T.agree(team, lambda: 4)
+    assert runs.agree(team, lambda: 5) == 5 and runs.on_first(team, lambda: 7) == 7
+    with pytest.raises(ValueError, match="process 0: 4; process 1: 5"): runs.agree(team, lambda: 4)
     other_says((None, OSError("no disk")))
-    with pytest.raises(ValueError, match="process 1: no disk"): T.agree(team, lambda: 5)
-    def exchange(everyone, mine): everyone[:] = [(None, T.FolderBusy("busy")), mine]
+    with pytest.raises(ValueError, match="process 1: no disk"): runs.agree(team, lambda: 5)
+    def exchange(everyone, mine): everyone[:] = [(None, runs.FolderBusy("busy")), mine]
     monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
-    with pytest.raises(T.FolderBusy, match="busy"): T.on_first(T.Team(1, 2, torch.device("cpu")), lambda: 1/0)
+    with pytest.raises(runs.FolderBusy, match="busy"): runs.on_first(runs.Team(1, 2, torch.device("cpu")), lambda: 1/0)
 
 
 def pretend_gpus(monkeypatch, count):
@@ -154,16 +156,16 @@ def pretend_gpus(monkeypatch, count):
 def test_cuda_without_a_number_is_the_process_own_gpu(monkeypatch):
     chosen = pretend_gpus(monkeypatch, 2)
     for device in ("cuda", None, "cuda:1"):
-        with T.join_team(device): pass
+        with runs.join_team(device): pass
     assert chosen == ["cuda:0", "cuda:0", "cuda:1"]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with T.join_team("cuda"): pass
+    with runs.join_team("cuda"): pass
     assert chosen[-1] == "cuda:1"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="every process on one GPU.*say cuda"): T.pick_device("cuda:1")
+    with pytest.raises(ValueError, match="every process on one GPU.*say cuda"): runs.pick_device("cuda:1")
     with pytest.raises(ValueError, match="cuda:5.*this machine has cpu, cuda:0, cuda:1"):
-        monkeypatch.setenv("LOCAL_RANK", "5"); T.pick_device("cuda")
-    with pytest.raises(ValueError, match="unknown device 'foo'; this machine has cpu"): T.pick_device("foo")
+        monkeypatch.setenv("LOCAL_RANK", "5"); runs.pick_device("cuda")
+    with pytest.raises(ValueError, match="unknown device 'foo'; this machine has cpu"): runs.pick_device("foo")
 
 
 def test_half_an_environment_is_an_error(monkeypatch):
@@ -172,4 +174,4 @@ def test_half_an_environment_is_an_error(monkeypatch):
         with monkeypatch.context() as m:
             for name in names: m.setenv(name, "2")
             with pytest.raises(ValueError, match=f"lacks {lacks}.*start through torchrun"):
-                with T.join_team("cpu"): pass
+                with runs.join_team("cpu"): pass

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from edm_nb import checkpoints
+from edm_nb import configs, runs
 from edm_nb import training as T
 from edm_nb.data import cifar10, find_cifar10, one_hot, to_uint8
-from edm_nb.metrics import feature_stats, frechet_distance, pixels
+from edm_nb.features import feature_stats, pixels
+from edm_nb.frechet import frechet_distance
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 
 
@@ -23,11 +25,11 @@ def distance(denoiser, data, n=256):
 @pytest.mark.cifar
 @pytest.mark.skipif(find_cifar10("train") is None, reason="CIFAR-10 not found: set EDM_NB_CIFAR10")
 def test_cifar_from_images_to_distance(tmp_path):
-    data = T.shrink(cifar10().take(slice(2_000)), 16)
-    config = dataclasses.replace(T.PRESETS["toy"], data="cifar10", resolution=16, images=6_400, batch=64, log_every=640,
+    data = runs.shrink(cifar10().take(slice(2_000)), 16)
+    config = dataclasses.replace(configs.PRESETS["toy"], data="cifar10", resolution=16, images=6_400, batch=64, log_every=640,
                                  save_every=3_200, augment=0.12, precond={"scalings": "edm", "sigma_data": 0.5}, sigma_args={})
     untrained, _ = distance(T.build_denoiser(config, data).eval(), data)
-    losses = [record.loss for record in T.train(config, tmp_path, data=data, device="cpu")]
+    losses = [record.loss for record in runs.train(config, tmp_path, data=data, device="cpu")]
     assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
     trained, x = distance(checkpoints.load(tmp_path/"model.safetensors"), data)
     assert x.isfinite().all() and x.abs().max() < 4

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from edm_nb import framework as F
-from edm_nb.framework import (LINEAR, TABLE_1, VE, GaussianDenoiser, IdealDenoiser, MixtureDenoiser, Schedule, broadcast_sigma,
-                              iddpm_levels, ode_derivative, score, vp_schedule)
+from edm_nb.framework import (
+    GaussianDenoiser, iddpm_levels, LINEAR, MixtureDenoiser, ode_derivative, Schedule,
+    score, TABLE_1, VE, vp_schedule
+)
+from edm_nb.oracles import IdealDenoiser
+from edm_nb.checks import broadcast_sigma
 
 SIGMAS = [0.002, 0.05, 0.7, 3., 10., 80.]
 SCHEDULES = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(), "vp, other constants": vp_schedule(7., 0.5), "vp, constant rate": vp_schedule(0., 1.)}

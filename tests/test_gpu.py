@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from edm_nb import training as T
+from edm_nb import configs, runs
 from edm_nb.data import digits, find_cifar10
 from edm_nb.ode_solvers import edm_sigmas
 
@@ -58,7 +59,7 @@ def target(folder, against, minutes=None):
         raise NotMeasured(f"nothing is recorded for {minutes:g} minutes; the snapshots of {path} are at {known} minutes")
     row = [row for row in rows if row["minutes"] <= (known[0] if minutes is None else minutes)][-1]
     if not 0 < row["distance"] < math.inf: raise ValueError(f"{path}: the distance {row['distance']} at {row['minutes']} minutes is none")
-    config = T.config_from(record["config"] | dict(images=row["images"]))
+    config = configs.config_from(record["config"] | dict(images=row["images"]))
     return dict(config=config, n=row["n"], steps=record["steps"], seed=record["seed"], sample_batch=record["sample_batch"],
                 minutes=row["minutes"], recorded=row["distance"], limit=row["distance"] * (1 + TOLERANCE),
                 gpu=record["environment"]["gpu"])
@@ -66,7 +67,7 @@ def target(folder, against, minutes=None):
 
 def run_again(goal, report):
     "Train as recorded and measure as recorded; the distance, and the last record of the training."
-    for record in T.train(goal["config"], data=report.data("train"), device=report.device): pass
+    for record in runs.train(goal["config"], data=report.data("train"), device=report.device): pass
     denoise = report.fast(T.ema_denoiser(record.state))
     return report.distance(denoise, goal["n"], edm_sigmas(goal["steps"]))["distance"], record
 
@@ -89,7 +90,7 @@ def fabricate(folder, **changes):
         (12, "ema", 10_000, 4_096, 4.0), (12, "raw", 10_000, 4_096, 8.0))]
     rows += [dict(minutes=12, weights="ema", churn="CIFAR-10, VP", n=10_000, images=4_096, distance=1.0),
              dict(minutes=1, weights="ema", churn="none", skipped="the stage's time was over")]
-    config = json.loads(T.config_json(T.PRESETS["cifar10-25min"]))
+    config = json.loads(configs.config_json(configs.PRESETS["cifar10-25min"]))
     record = dict(toy=False, seed=3, steps=18, sample_batch=250, config=config, rows=rows, environment=dict(gpu="some GPU"), **AGAINST) | changes
     (folder / "model.json").write_text(json.dumps(record))
     return record
@@ -102,7 +103,7 @@ def test_the_threshold_is_that_of_the_recorded_snapshot(tmp_path, minutes, snaps
     goal = target(tmp_path, AGAINST, minutes)
     assert (goal["minutes"], goal["config"].images, goal["recorded"], goal["n"]) == (snapshot, images, distance, 10_000)
     assert goal["limit"] == pytest.approx(1.3 * distance) and (goal["seed"], goal["steps"], goal["sample_batch"]) == (3, 18, 250)
-    assert dataclasses.replace(goal["config"], images=T.PRESETS["cifar10-25min"].images) == T.PRESETS["cifar10-25min"]
+    assert dataclasses.replace(goal["config"], images=configs.PRESETS["cifar10-25min"].images) == configs.PRESETS["cifar10-25min"]
 
 
 def test_no_record_no_threshold(tmp_path):
@@ -130,7 +131,7 @@ def test_a_distance_that_is_none_is_an_error(tmp_path, distance):
 
 @pytest.mark.parametrize("found, skipped, good", [(1.29, 0, True), (1.31, 0, False), (math.nan, 0, False), (1.0, 1, False)])
 def test_what_counts_as_reached(found, skipped, good):
-    record = T.Progress(1, 1.0, 1.0, 1.0, skipped, 1.0, 1.0, None)
+    record = runs.Progress(1, 1.0, 1.0, 1.0, skipped, 1.0, 1.0, None)
     goal = dict(recorded=1.0, limit=1 + TOLERANCE, gpu="none", minutes=2)
     if good: check(found, goal, record)
     else:
@@ -184,10 +185,10 @@ def test_the_device_computes_what_the_cpu_does():
 @CUDA
 def test_no_synchronisation_inside_a_step():
     "The host may run ahead: a synchronising call inside an update is an error here."
-    from edm_nb.data import IndexStream
+    from edm_nb.randomness import IndexStream
     device, data = torch.device("cuda"), digits()
-    config = dataclasses.replace(T.PRESETS["toy"], augment=0.0)
-    state, data = T.new_state(config, data, device), T.to_device(data, device)
+    config = dataclasses.replace(configs.PRESETS["toy"], augment=0.0)
+    state, data = T.new_state(config, data, device), runs.to_device(data, device)
     order = IndexStream(len(data), 1)
     for k in range(3): T.train_step(state.denoiser, state, T.make_batch(config, data, order, 64*k, device))
     torch.cuda.set_sync_debug_mode("error")
@@ -199,6 +200,6 @@ def test_no_synchronisation_inside_a_step():
 @CUDA
 @pytest.mark.parametrize("change", [dict(), dict(precision="bf16"), dict(compile=True), dict(channels_last=True), dict(micro_batch=16)])
 def test_loss_falls_on_cuda(change):
-    config = dataclasses.replace(T.PRESETS["toy"], images=6_400, log_every=640, **change)
-    losses = [record.loss for record in T.train(config, device="cuda")]
+    config = dataclasses.replace(configs.PRESETS["toy"], images=6_400, log_every=640, **change)
+    losses = [record.loss for record in runs.train(config, device="cuda")]
     assert losses[-1] < 0.85 * losses[0]

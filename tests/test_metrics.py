@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edm_nb import metrics as M
+from edm_nb import features, frechet
 from edm_nb.data import find_cifar10
 
 
@@ -38,19 +39,19 @@ def pair(d, decades, rank=None, seed=0):
 def test_distance_equals_closed_form(decades, rank):
     a, b, exact = pair(64, decades, rank)
     mean = randn(64, seed=9)
-    value = M.frechet_distance(mean, a, mean*0, b)
+    value = frechet.frechet_distance(mean, a, mean*0, b)
     size = (a.trace() + b.trace() + mean.square().sum()).item()
     assert abs(value - exact - mean.square().sum().item()) < 1e-12*size
 
 
 def test_one_dimension_by_hand():
     # N(1, 4) and N(3, 9): (1 − 3)² + (2 − 3)²
-    assert M.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(5, rel=1e-14)
+    assert frechet.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(5, rel=1e-14)
 
 
 def test_commuting_covariances_by_hand():
     a, b = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([9.0, 4.0, 16.0])
-    assert M.frechet_distance(torch.zeros(3), a.diag(), torch.zeros(3), b.diag()) == pytest.approx(4 + 0 + 16, rel=1e-13)
+    assert frechet.frechet_distance(torch.zeros(3), a.diag(), torch.zeros(3), b.diag()) == pytest.approx(4 + 0 + 16, rel=1e-13)
 
 
 @pytest.mark.parametrize("d", [5, 48])
@@ -58,7 +59,7 @@ def test_matches_matrix_square_root(d):
     linalg = pytest.importorskip("scipy.linalg")
     a, b = (torch.cov(randn(d, 4*d, seed=s)) for s in (1, 2))
     reference = (a.trace() + b.trace()).item() - 2*np.trace(linalg.sqrtm((a @ b).numpy())).real
-    assert M.frechet_distance(torch.zeros(d), a, torch.zeros(d), b) == pytest.approx(reference, rel=1e-6)
+    assert frechet.frechet_distance(torch.zeros(d), a, torch.zeros(d), b) == pytest.approx(reference, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
@@ -66,22 +67,22 @@ def test_matches_matrix_square_root(d):
 def test_identical_statistics_are_at_zero(n, scale):
     x = scale*randn(n, 40)
     cov = torch.cov(x.T)
-    assert M.frechet_distance(x.mean(0), cov, x.mean(0), cov) <= 1e-12*max(cov.trace().item(), 1e-30)
+    assert frechet.frechet_distance(x.mean(0), cov, x.mean(0), cov) <= 1e-12*max(cov.trace().item(), 1e-30)
 
 
 def test_symmetric_and_unaffected_by_rotation():
     a, b, exact = pair(20, 3)
     q = torch.linalg.qr(randn(20, 20, seed=5))[0]
     zero = torch.zeros(20)
-    assert M.frechet_distance(zero, a, zero, b) == pytest.approx(M.frechet_distance(zero, b, zero, a), rel=1e-11)
-    assert M.frechet_distance(zero, q @ a @ q.T, zero, q @ b @ q.T) == pytest.approx(exact, rel=1e-11)
+    assert frechet.frechet_distance(zero, a, zero, b) == pytest.approx(frechet.frechet_distance(zero, b, zero, a), rel=1e-11)
+    assert frechet.frechet_distance(zero, q @ a @ q.T, zero, q @ b @ q.T) == pytest.approx(exact, rel=1e-11)
 
 
 def test_point_masses_and_disjoint_supports():
     zero = torch.zeros(4, 4)
-    assert M.frechet_distance(torch.ones(4), zero, torch.zeros(4), zero) == 4
+    assert frechet.frechet_distance(torch.ones(4), zero, torch.zeros(4), zero) == 4
     one, two = torch.tensor([1.0, 1, 0, 0]).diag(), torch.tensor([0.0, 0, 2, 2]).diag()
-    assert M.frechet_distance(torch.zeros(4), one, torch.zeros(4), two) == pytest.approx(6, abs=1e-12)
+    assert frechet.frechet_distance(torch.zeros(4), one, torch.zeros(4), two) == pytest.approx(6, abs=1e-12)
 
 
 def nearly_diagonal(d, decades, mixing, ascending, lowest=0.5):
@@ -106,18 +107,18 @@ def test_narrow_spectrum_needs_no_qr(monkeypatch):
     def refuse(*_, **__): raise AssertionError("the determinant did not confirm a plain product")
     monkeypatch.setattr(torch.linalg, "qr", refuse)
     size = (a.trace() + b.trace()).item()
-    assert abs(size - 2*M.root_trace(a, b).item() - exact) < 1e-13*size
+    assert abs(size - 2*frechet.root_trace(a, b).item() - exact) < 1e-13*size
 
 
 @pytest.mark.parametrize("decades,rank", [(2, None), (8, None), (2, 10), (6, 39)])
 def test_both_factors_give_the_same_sum(decades, rank, no_long_way):
     a, b, exact = pair(40, decades, rank)
-    low, other = M.pivoted_factor(a, block=7), M.pivoted_factor(b)
+    low, other = frechet.pivoted_factor(a, block=7), frechet.pivoted_factor(b)
     assert low.shape == other.shape == (40, rank or 40)
     assert torch.allclose(low @ low.T, a, rtol=0, atol=1e-14) and torch.allclose(other @ other.T, b, rtol=0, atol=1e-14)
     size = (a.trace() + b.trace()).item()
-    assert abs(size - 2*M.singular_sum(low.T @ other).item() - exact) < 1e-13*size
-    assert M.root_trace(a, b).item() == pytest.approx(M.singular_sum(low.T @ other).item(), rel=1e-13)
+    assert abs(size - 2*frechet.singular_sum(low.T @ other).item() - exact) < 1e-13*size
+    assert frechet.root_trace(a, b).item() == pytest.approx(frechet.singular_sum(low.T @ other).item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("ascending", [False, True])
@@ -128,14 +129,14 @@ def test_nearly_independent_features_keep_all_digits(ascending, mixing, decades,
     # the order L₁ᵀΣ₂L₁ arrives in costs half the digits. Sorting and QR must not.
     a, b, exact = nearly_diagonal(80, decades, mixing, ascending, lowest)
     size = (a.trace() + b.trace()).item()
-    assert abs(size - 2*M.root_trace(a, b).item() - exact) < 1e-13*size
+    assert abs(size - 2*frechet.root_trace(a, b).item() - exact) < 1e-13*size
 
 
 def test_pivoted_factors_come_sorted(no_long_way):
     a, b, exact = nearly_diagonal(60, 6, 1e-6, True)
-    low, other = M.pivoted_factor(a, block=20), M.pivoted_factor(b, block=20)
+    low, other = frechet.pivoted_factor(a, block=20), frechet.pivoted_factor(b, block=20)
     size = (a.trace() + b.trace()).item()
-    assert abs(size - 2*M.singular_sum(low.T @ other).item() - exact) < 1e-13*size
+    assert abs(size - 2*frechet.singular_sum(low.T @ other).item() - exact) < 1e-13*size
 
 
 def test_shortcut_would_fail_the_test_above():
@@ -152,8 +153,8 @@ def test_determinant_check_catches_a_badly_ordered_matrix():
     gram = product @ product.T
     found = torch.linalg.eigvalsh(gram)
     wrong = abs(found.clamp(min=0).sqrt().sum()/exact.sum() - 1).item()
-    assert wrong > 1e-12 and M.roots_sum(gram, log_det) is None
-    assert M.singular_sum(product).item() == pytest.approx(exact.sum().item(), rel=1e-14)
+    assert wrong > 1e-12 and frechet.roots_sum(gram, log_det) is None
+    assert frechet.singular_sum(product).item() == pytest.approx(exact.sum().item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("noise", [0, 1e-17, 1e-16, 1e-15, 1e-14, 1e-13, 1e-11, 1e-9, 1e-7])
@@ -161,48 +162,48 @@ def test_accepted_sums_of_roots_are_accurate(noise):
     # One symmetric disturbance of known size: what the determinant lets through must be right.
     values = torch.logspace(0, -6, 60, dtype=torch.float64)
     e = randn(60, 60)
-    found = M.roots_sum(values.diag() + noise*(e + e.T)/2, values.log().sum())
+    found = frechet.roots_sum(values.diag() + noise*(e + e.T)/2, values.log().sum())
     assert found is not None if noise <= 1e-16 else found is None if noise >= 1e-11 else True
     if found is not None: assert found.item() == pytest.approx(values.sqrt().sum().item(), rel=1e-12)
 
 
 def test_negative_eigenvalue_is_not_accepted():
     values = torch.tensor([1.0, 0.5, -1e-18], dtype=torch.float64)
-    assert M.roots_sum(values.diag(), torch.tensor(-40.0)) is None
+    assert frechet.roots_sum(values.diag(), torch.tensor(-40.0)) is None
 
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (30, 30), (1, 5), (30, 0), (0, 0)])
 def test_sum_of_singular_values_of_any_shape(shape):
     x = randn(*shape, seed=3)*torch.logspace(0, -5, shape[1], dtype=torch.float64)
-    assert M.singular_sum(x).item() == pytest.approx(torch.linalg.svdvals(x).sum().item() if x.numel() else 0, rel=1e-13)
+    assert frechet.singular_sum(x).item() == pytest.approx(torch.linalg.svdvals(x).sum().item() if x.numel() else 0, rel=1e-13)
 
 
 def test_singular_matrix_of_full_shape():
     x = randn(20, 8) @ randn(8, 20, seed=1)
-    assert M.singular_sum(x).item() == pytest.approx(torch.linalg.svdvals(x).sum().item(), rel=1e-13)
+    assert frechet.singular_sum(x).item() == pytest.approx(torch.linalg.svdvals(x).sum().item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("d", [1, 5, 64, 100])
 def test_triangle_product(d):
     a, b = randn(d, d).tril(), randn(d, d, seed=1).tril()
-    assert torch.allclose(M.triangle_product(a, b, block=32), a.T @ b, rtol=0, atol=1e-13*d)
-    assert torch.allclose(M.triangle_product(a, block=32).tril(), (a.T @ a).tril(), rtol=0, atol=1e-13*d)
+    assert torch.allclose(frechet.triangle_product(a, b, block=32), a.T @ b, rtol=0, atol=1e-13*d)
+    assert torch.allclose(frechet.triangle_product(a, block=32).tril(), (a.T @ a).tril(), rtol=0, atol=1e-13*d)
 
 
 def test_noise_on_a_thin_covariance_is_not_rank():
     thin = pair(40, 2, rank=10)[0]
-    assert M.cholesky_factor(thin) is None and M.pivoted_factor(thin).shape == (40, 10)
+    assert frechet.cholesky_factor(thin) is None and frechet.pivoted_factor(thin).shape == (40, 10)
     almost = thin + 1e-14*torch.eye(40, dtype=torch.float64)     # Cholesky runs through on what is only noise
-    assert not torch.linalg.cholesky_ex(almost).info and M.cholesky_factor(almost) is None
-    assert M.pivoted_factor(thin, block=3).shape == (40, 10)
+    assert not torch.linalg.cholesky_ex(almost).info and frechet.cholesky_factor(almost) is None
+    assert frechet.pivoted_factor(thin, block=3).shape == (40, 10)
     wide = pair(40, 10)[0]
-    assert M.cholesky_factor(wide) is not None and M.pivoted_factor(wide).shape == (40, 40)
+    assert frechet.cholesky_factor(wide) is not None and frechet.pivoted_factor(wide).shape == (40, 40)
     top = torch.linalg.eigvalsh(thin)[-1].item()
-    assert 0.5 < M.rounding_noise(thin).item()/(40*torch.finfo(torch.float64).eps*top) <= 1 + 1e-12
+    assert 0.5 < frechet.rounding_noise(thin).item()/(40*torch.finfo(torch.float64).eps*top) <= 1 + 1e-12
 
 
 def test_monotone_means_every_step():
-    assert M.monotone([0, 1, 2], [1, 2, 3]) and not M.monotone([0, 1, 2], [1, 3, 2]) and not M.monotone([0, 1, 2], [1, 1, 2])
+    assert features.monotone([0, 1, 2], [1, 2, 3]) and not features.monotone([0, 1, 2], [1, 3, 2]) and not features.monotone([0, 1, 2], [1, 1, 2])
 
 
 @pytest.mark.parametrize("change,message", [
@@ -215,7 +216,7 @@ def test_monotone_means_every_step():
 ])
 def test_bad_statistics_are_refused(change, message):
     good = dict(mean1=torch.zeros(4), cov1=torch.eye(4), mean2=torch.zeros(4), cov2=torch.eye(4))
-    with pytest.raises(ValueError, match=message): M.frechet_distance(**(good | change))
+    with pytest.raises(ValueError, match=message): frechet.frechet_distance(**(good | change))
 
 
 # --- streaming ----------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_bad_statistics_are_refused(change, message):
 @pytest.mark.parametrize("rows", [1, 64, 10_000])
 def test_any_split_gives_the_same(sizes, rows):
     x = randn(300, 9) + 100
-    stats = M.FeatureStats(9, rows=rows)
+    stats = frechet.FeatureStats(9, rows=rows)
     for batch in x.split(sizes): stats.update(batch)
     assert stats.n == 300
     torch.testing.assert_close(stats.mean, x.mean(0), rtol=1e-12, atol=0)
@@ -234,30 +235,30 @@ def test_any_split_gives_the_same(sizes, rows):
 
 def test_blocks_cover_the_whole_matrix():
     x = randn(40, 600)
-    torch.testing.assert_close(M.FeatureStats(600).update(x).cov, torch.cov(x.T), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(frechet.FeatureStats(600).update(x).cov, torch.cov(x.T), rtol=1e-10, atol=1e-12)
 
 
 def test_merge_is_like_one_stream():
     x = randn(100, 6) + torch.arange(100)[:, None]          # parts with very different means
-    parts = [M.FeatureStats(6).update(p) for p in x.split([1, 30, 69])]
-    total = M.FeatureStats(6)
+    parts = [frechet.FeatureStats(6).update(p) for p in x.split([1, 30, 69])]
+    total = frechet.FeatureStats(6)
     for part in parts: total.merge(part)
     torch.testing.assert_close(total.cov, torch.cov(x.T), rtol=1e-12, atol=1e-10)
     assert total.n == 100 and parts[1].n == 30
-    twice = M.FeatureStats(6).update(x); twice.merge(twice)
+    twice = frechet.FeatureStats(6).update(x); twice.merge(twice)
     torch.testing.assert_close(twice.cov, torch.cov(torch.cat([x, x]).T), rtol=1e-12, atol=1e-10)
     assert twice.n == 200
 
 
 def test_updated_features_may_be_overwritten():
     x = randn(10, 3).float()
-    kept, stats = x.clone(), M.FeatureStats(3)
+    kept, stats = x.clone(), frechet.FeatureStats(3)
     stats.update(x); x.zero_()
     torch.testing.assert_close(stats.mean, kept.double().mean(0))
 
 
 def test_statistics_refuse_bad_input():
-    stats = M.FeatureStats(3, "a", "1")
+    stats = frechet.FeatureStats(3, "a", "1")
     with pytest.raises(ValueError, match="no features yet"): stats.mean
     stats.update(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="at least 2 samples"): stats.cov
@@ -265,21 +266,21 @@ def test_statistics_refuse_bad_input():
                          (torch.full((1, 3), math.nan), "NaN")):
         with pytest.raises(ValueError, match=message): stats.update(bad)
     assert stats.n == 1
-    with pytest.raises(ValueError, match="different features"): stats.merge(M.FeatureStats(3, "a", "2"))
-    with pytest.raises(ValueError, match="without a sample count"): stats.merge(M.moments_stats(torch.zeros(3), torch.eye(3), None, "a", "1"))
+    with pytest.raises(ValueError, match="different features"): stats.merge(frechet.FeatureStats(3, "a", "2"))
+    with pytest.raises(ValueError, match="without a sample count"): stats.merge(frechet.moments_stats(torch.zeros(3), torch.eye(3), None, "a", "1"))
 
 
 def test_files(tmp_path):
-    stats = M.FeatureStats(5, "net", "abc").update(randn(30, 5))
-    back = M.FeatureStats.load(stats.save(tmp_path/"sub"/"s.npz"))
+    stats = frechet.FeatureStats(5, "net", "abc").update(randn(30, 5))
+    back = frechet.FeatureStats.load(stats.save(tmp_path/"sub"/"s.npz"))
     assert (back.n, back.name, back.hash) == (30, "net", "abc") and torch.equal(back.mean, stats.mean)
     torch.testing.assert_close(back.cov, stats.cov, rtol=1e-14, atol=0)
     torch.testing.assert_close(back.update(randn(7, 5, seed=3)).cov, torch.cov(torch.cat([randn(30, 5), randn(7, 5, seed=3)]).T), rtol=1e-10, atol=1e-12)
     np.savez(tmp_path/"ref.npz", mu=np.zeros(5), sigma=np.eye(5))        # the published form
-    assert M.load_stats(tmp_path/"ref.npz").n is None
+    assert frechet.load_stats(tmp_path/"ref.npz").n is None
     np.savez(tmp_path/"wrong.npz", images=np.zeros(5))
-    with pytest.raises(ValueError, match="'mu' and 'sigma'"): M.load_stats(tmp_path/"wrong.npz")
-    with pytest.raises(FileNotFoundError): M.load_stats(tmp_path/"none.npz")
+    with pytest.raises(ValueError, match="'mu' and 'sigma'"): frechet.load_stats(tmp_path/"wrong.npz")
+    with pytest.raises(FileNotFoundError): frechet.load_stats(tmp_path/"none.npz")
     assert [p.name for p in (tmp_path/"sub").iterdir()] == ["s.npz"]
 
 
@@ -292,23 +293,23 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_distance_of_statistics_warns_and_refuses():
-    a, b = M.FeatureStats(8, "x", "1").update(randn(5, 8)), M.FeatureStats(8, "x", "1").update(randn(50, 8, seed=1))
-    with pytest.warns(UserWarning, match="5 samples for 8-dimensional"): M.stats_distance(a, b)
+    a, b = frechet.FeatureStats(8, "x", "1").update(randn(5, 8)), frechet.FeatureStats(8, "x", "1").update(randn(50, 8, seed=1))
+    with pytest.warns(UserWarning, match="5 samples for 8-dimensional"): features.stats_distance(a, b)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert M.stats_distance(b, b) < 1e-8
-    with pytest.raises(ValueError, match="different feature networks"): M.stats_distance(b, M.FeatureStats(8, "x", "2").update(randn(50, 8)))
+        assert features.stats_distance(b, b) < 1e-8
+    with pytest.raises(ValueError, match="different feature networks"): features.stats_distance(b, frechet.FeatureStats(8, "x", "2").update(randn(50, 8)))
 
 
 def _process(rank, world, folder):
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    part = M.FeatureStats(4, "x", "1").update(randn(101, 4)[rank::world])
-    total = M.gather_stats(part)
+    part = frechet.FeatureStats(4, "x", "1").update(randn(101, 4)[rank::world])
+    total = frechet.gather_stats(part)
     assert part.n == len(range(rank, 101, world))
     sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
-    net = M.pixels((1, 2, 2))
-    reference = M.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash)
+    net = features.pixels((1, 2, 2))
+    reference = frechet.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash)
     *_, score = M.measure(sample, reference, net, n=21, repeats=2, batch_size=4)
     torch.save(dict(mean=total.mean, cov=total.cov, n=total.n, values=score.values), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -320,15 +321,15 @@ def test_two_processes_agree_with_one(tmp_path):
     assert torch.equal(a["cov"], b["cov"]) and a["n"] == 101 and a["values"] == b["values"]
     torch.testing.assert_close(a["cov"], torch.cov(randn(101, 4).T), rtol=1e-12, atol=1e-12)
     sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
-    net = M.pixels((1, 2, 2))
-    *_, score = M.measure(sample, M.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash), net, n=21, repeats=2, batch_size=5)
+    net = features.pixels((1, 2, 2))
+    *_, score = M.measure(sample, frechet.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash), net, n=21, repeats=2, batch_size=5)
     assert a["values"] == pytest.approx(score.values, rel=1e-12)
 
 
 def test_one_process_needs_no_group():
-    stats = M.FeatureStats(4).update(randn(10, 4))
-    torch.testing.assert_close(M.gather_stats(stats).cov, stats.cov, rtol=1e-12, atol=1e-14)
-    assert M.world() == (0, 1)
+    stats = frechet.FeatureStats(4).update(randn(10, 4))
+    torch.testing.assert_close(frechet.gather_stats(stats).cov, stats.cov, rtol=1e-12, atol=1e-14)
+    assert frechet.world() == (0, 1)
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------------
@@ -336,9 +337,9 @@ def test_one_process_needs_no_group():
 def test_quantise_is_the_published_rule():
     x = torch.linspace(-1, 1, 1001, dtype=torch.float64).view(1, 1, 1, -1)
     expected = np.clip(x.numpy()*127.5 + 128, 0, 255).astype(np.uint8)
-    assert (M.quantise(x).numpy() == expected).all()
-    assert M.quantise(torch.tensor([-1.0, 0, 1]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
-    assert M.quantise(torch.tensor([-1.5, 1.5]).view(1, 1, 1, 2), clip=True).flatten().tolist() == [0, 255]
+    assert (features.quantise(x).numpy() == expected).all()
+    assert features.quantise(torch.tensor([-1.0, 0, 1]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+    assert features.quantise(torch.tensor([-1.5, 1.5]).view(1, 1, 1, 2), clip=True).flatten().tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("images,message", [
@@ -348,63 +349,63 @@ def test_quantise_is_the_published_rule():
     (torch.full((1, 1, 2, 2), math.nan), "NaN"),
 ])
 def test_quantise_refuses(images, message):
-    with pytest.raises(ValueError, match=message): M.quantise(images)
+    with pytest.raises(ValueError, match=message): features.quantise(images)
 
 
 def test_bytes_as_floats_are_refused_even_with_clip():
-    with pytest.raises(ValueError, match="bytes stored as floats"): M.quantise(torch.full((1, 1, 2, 2), 200.0), clip=True)
+    with pytest.raises(ValueError, match="bytes stored as floats"): features.quantise(torch.full((1, 1, 2, 2), 200.0), clip=True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_no_image_is_dropped(batch_size):
     images = torch.randint(256, (10, 1, 3, 3), generator=gen()).byte()
-    stats = M.feature_stats(images, M.pixels((1, 3, 3)), batch_size)
+    stats = features.feature_stats(images, features.pixels((1, 3, 3)), batch_size)
     assert stats.n == 10 and stats.name == "pixels-1x3x3"
     torch.testing.assert_close(stats.mean, (images.flatten(1).double()/127.5 - 1).mean(0), atol=1e-6, rtol=0)
-    assert len(M.extract([images, images[:3]], M.pixels((1, 3, 3)), batch_size)) == 13
+    assert len(features.extract([images, images[:3]], features.pixels((1, 3, 3)), batch_size)) == 13
 
 
 def test_feature_networks_take_bytes_only():
     for bad, message in ((torch.zeros(2, 1, 8, 8), "uint8"), (torch.zeros(2, 64, dtype=torch.uint8), r"\[B, C, H, W\]"),
                          (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"reads images \(1, 8, 8\)")):
-        with pytest.raises(ValueError, match=message): M.pixels()(bad)
+        with pytest.raises(ValueError, match=message): features.pixels()(bad)
 
 
 # --- the shipped network ------------------------------------------------------------------------------------------------
 
 def test_shipped_network_matches_its_record():
-    record, net = M.cifar_features_record(), M.cifar_features()
-    path = M.assets()/"cifar_features.safetensors"
+    record, net = features.cifar_features_record(), features.cifar_features()
+    path = features.assets()/"cifar_features.safetensors"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"] == net.hash
     assert path.stat().st_size <= 4e6 and record["test_accuracy"] >= 0.88 and net.dim == record["feature_dim"]
     assert {"seed", "seconds", "hardware", "versions", "date", "data", "n_train", "n_test"} <= set(record)
 
 
 def test_features_do_not_depend_on_the_batch():
-    net, images = M.cifar_features(), torch.randint(256, (9, 3, 32, 32), generator=gen()).byte()
+    net, images = features.cifar_features(), torch.randint(256, (9, 3, 32, 32), generator=gen()).byte()
     together, alone = net(images), torch.cat([net(i[None]) for i in images])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(net(images), together) and together.shape == (9, net.dim) and together.dtype == torch.float32
 
 
 def test_shipped_network_refuses_other_sizes():
-    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"): M.cifar_features()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"): features.cifar_features()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_damaged_weights_are_noticed(tmp_path, monkeypatch):
-    source = M.assets()
+    source = features.assets()
     for name in ("cifar_features.safetensors", "cifar_features.json"): (tmp_path/name).write_bytes((source/name).read_bytes())
     data = bytearray((tmp_path/"cifar_features.safetensors").read_bytes()); data[-1] ^= 1
     (tmp_path/"cifar_features.safetensors").write_bytes(data)
-    monkeypatch.setattr(M, "assets", lambda: tmp_path)
-    with pytest.raises(ValueError, match="training record"): M.cifar_features()
+    monkeypatch.setattr(features, "assets", lambda: tmp_path)
+    with pytest.raises(ValueError, match="training record"): features.cifar_features()
 
 
 @pytest.mark.cifar
 @pytest.mark.skipif(find_cifar10("test") is None, reason="set EDM_NB_CIFAR10")
 def test_shipped_network_classifies():
     from edm_nb.data import cifar10
-    test, net = cifar10("test").take(slice(0, 1000)), M.cifar_features()
+    test, net = cifar10("test").take(slice(0, 1000)), features.cifar_features()
     right = torch.cat([net.logits(b).argmax(1) for b in test.images.split(250)]) == test.labels
     assert right.double().mean() > 0.85                      # 0.88 on all 10,000; n = 1000 has a standard error of 0.01
 
@@ -413,14 +414,14 @@ def test_shipped_network_classifies():
 @pytest.mark.skipif(find_cifar10("test") is None, reason="set EDM_NB_CIFAR10")
 def test_damage_raises_the_distance():
     from edm_nb.data import cifar10
-    images, net = cifar10("test").images[:1000], M.cifar_features()
-    reference = M.feature_stats(images[450:], net)
+    images, net = cifar10("test").images[:1000], features.cifar_features()
+    reference = features.feature_stats(images[450:], net)
     probe = images[:450]
-    ladders = {"noise": [M.add_noise(probe, l, gen()) for l in (0, 0.05, 0.2)], "blur": [M.blur(probe, l) for l in (0, 0.8, 2)],
-               "jpeg": [probe, M.jpeg(probe, 20), M.jpeg(probe, 4)]}
+    ladders = {"noise": [features.add_noise(probe, l, gen()) for l in (0, 0.05, 0.2)], "blur": [features.blur(probe, l) for l in (0, 0.8, 2)],
+               "jpeg": [probe, features.jpeg(probe, 20), features.jpeg(probe, 4)]}
     for name, ladder in ladders.items():
-        values = [M.stats_distance(M.feature_stats(x, net), reference) for x in ladder]
-        assert M.monotone([0, 1, 2], values), (name, values)
+        values = [features.stats_distance(features.feature_stats(x, net), reference) for x in ladder]
+        assert features.monotone([0, 1, 2], values), (name, values)
 
 
 # --- inception ----------------------------------------------------------------------------------------------------------
@@ -429,15 +430,15 @@ def test_missing_extra_is_explained(monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ImportError, match=r"edm_nb\[fid\]"): M.inception()
+    with pytest.raises(ImportError, match=r"edm_nb\[fid\]"): features.inception()
 
 
 def test_only_the_known_weights_are_opened(tmp_path):
     path = tmp_path/"weights.pth"
     path.write_bytes(b"not the weights")
-    with pytest.raises(ValueError, match="not the published Inception"): M.inception_weights(path)
-    assert M.inception_weights(path, hashlib.sha256(b"not the weights").hexdigest()) == path
-    with pytest.raises(FileNotFoundError, match="no Inception weights"): M.inception_weights(tmp_path/"none.pth")
+    with pytest.raises(ValueError, match="not the published Inception"): features.inception_weights(path)
+    assert features.inception_weights(path, hashlib.sha256(b"not the weights").hexdigest()) == path
+    with pytest.raises(FileNotFoundError, match="no Inception weights"): features.inception_weights(tmp_path/"none.pth")
 
 
 def test_inception_wrapper_reads_a_checked_file(tmp_path, monkeypatch):
@@ -448,18 +449,18 @@ def test_inception_wrapper_reads_a_checked_file(tmp_path, monkeypatch):
         torch.manual_seed(0)
         weights = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
     torch.save(weights, tmp_path/"w.pth")
-    net = M.inception(tmp_path/"w.pth", sha256=M.file_hash(tmp_path/"w.pth"))
+    net = features.inception(tmp_path/"w.pth", sha256=M.file_hash(tmp_path/"w.pth"))
     images = torch.randint(256, (2, 3, 32, 32), generator=gen()).byte()
     assert net(images).shape == (2, 2048) and net(images).dtype == torch.float32
     torch.testing.assert_close(net(images)[:1], net(images[:1]), rtol=1e-3, atol=1e-3)
     assert net(images[:, :1]).shape == (2, 2048)
     with pytest.raises(ValueError, match="uint8"): net(images.float())
-    with pytest.raises(ValueError, match="not the published Inception"): M.inception(tmp_path/"w.pth")
+    with pytest.raises(ValueError, match="not the published Inception"): features.inception(tmp_path/"w.pth")
 
 
 def test_names_never_say_fid_for_another_network():
-    assert M.metric_name("inception") == "FID"
-    for name in ("cifar-features", "pixels-1x8x8"): assert "FID" not in M.metric_name(name) and name in M.metric_name(name)
+    assert features.metric_name("inception") == "FID"
+    for name in ("cifar-features", "pixels-1x8x8"): assert "FID" not in features.metric_name(name) and name in features.metric_name(name)
 
 
 # --- n, KID, precision and recall, neighbours -----------------------------------------------------------------------------
@@ -512,21 +513,21 @@ def test_neighbours_equal_brute_force():
 
 def test_damage_leaves_level_zero_alone_and_keeps_the_mean():
     images = torch.randint(60, 200, (4, 3, 16, 16), generator=gen()).byte()
-    assert torch.equal(M.add_noise(images, 0, gen()), images) and torch.equal(M.blur(images, 0), images)
-    noisy = M.add_noise(images, 0.05, gen()).float() - images.float()
+    assert torch.equal(features.add_noise(images, 0, gen()), images) and torch.equal(features.blur(images, 0), images)
+    noisy = features.add_noise(images, 0.05, gen()).float() - images.float()
     assert abs(noisy.std() - 0.05*255) < 0.5 and abs(noisy.mean()) < 0.7
-    assert abs(M.blur(images, 1.5).float().mean() - images.float().mean()) < 2
+    assert abs(features.blur(images, 1.5).float().mean() - images.float().mean()) < 2
     flat = torch.full((1, 1, 9, 9), 77, dtype=torch.uint8)
-    assert torch.equal(M.blur(flat, 2.0), flat) and M.jpeg(images, 90).shape == images.shape
+    assert torch.equal(features.blur(flat, 2.0), flat) and features.jpeg(images, 90).shape == images.shape
     spot = torch.zeros(1, 1, 33, 33, dtype=torch.uint8); spot[0, 0, 16, 16] = 255
-    ring = M.blur(spot, 1.0)[0, 0]
+    ring = features.blur(spot, 1.0)[0, 0]
     assert ring[16, 16] == round(255/(2*math.pi)) and torch.equal(ring, ring.T) and torch.equal(ring, ring.flip(0))
 
 
 @pytest.mark.parametrize("offset", [0, 4, 3])
 def test_jpeg_blocks_lie_where_the_offset_puts_them(offset):
     faint = torch.randint(90, 130, (8, 1, 32, 32), generator=gen()).byte()
-    worst = M.jpeg(faint, 1, offset).float()                          # faint detail is gone: only the mean of each block is left
+    worst = features.jpeg(faint, 1, offset).float()                          # faint detail is gone: only the mean of each block is left
     step = worst.diff(dim=3).abs().mean((0, 1, 2))                    # step[i]: between columns i and i + 1
     borders = [i for i in range(31) if (i + 1 + offset) % 8 == 0]
     inside = [i for i in range(31) if i not in borders]
@@ -535,15 +536,15 @@ def test_jpeg_blocks_lie_where_the_offset_puts_them(offset):
 
 def test_class_shares():
     labels = torch.arange(10).repeat_interleave(50)
-    index = M.pick_classes(labels, [0, 0] + [1]*8, 160, gen())
+    index = features.pick_classes(labels, [0, 0] + [1]*8, 160, gen())
     assert torch.bincount(labels[index], minlength=10).tolist() == [0, 0] + [20]*8 and len(index.unique()) == 160
-    with pytest.raises(ValueError, match="class 0 has 50"): M.pick_classes(labels, [1], 60, gen())
+    with pytest.raises(ValueError, match="class 0 has 50"): features.pick_classes(labels, [1], 60, gen())
 
 
 def test_rank_correlation_by_hand():
-    assert M.rank_correlation([1, 2, 3], [5, 6, 7]) == pytest.approx(1) and M.rank_correlation([1, 2, 3], [7, 6, 5]) == pytest.approx(-1)
-    assert M.ranks([3, 1, 3]).tolist() == [1.5, 0, 1.5]
-    with pytest.raises(ValueError): M.rank_correlation([1, 1], [1, 2])
+    assert features.rank_correlation([1, 2, 3], [5, 6, 7]) == pytest.approx(1) and features.rank_correlation([1, 2, 3], [7, 6, 5]) == pytest.approx(-1)
+    assert features.ranks([3, 1, 3]).tolist() == [1.5, 0, 1.5]
+    with pytest.raises(ValueError): features.rank_correlation([1, 1], [1, 2])
 
 
 # --- protocol -----------------------------------------------------------------------------------------------------------
@@ -582,29 +583,29 @@ def test_seeds_are_split_without_loss():
 
 
 def test_measure_reports_progress_and_a_score():
-    net = M.pixels((1, 2, 2))
+    net = features.pixels((1, 2, 2))
     sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
-    reference = M.feature_stats(sample(torch.arange(100, 200)), net)
+    reference = features.feature_stats(sample(torch.arange(100, 200)), net)
     events = {b: list(M.measure(sample, reference, net, n=20, repeats=3, batch_size=b, reference_name="noise", nfe=4)) for b in (3, 20)}
     score = events[3][-1]
     assert [e["done"] for e in events[20][:-1]] == [20, 40, 60] and len(score.values) == 3 and score.evaluations == 240
     assert score.protocol.seeds == "0-19, 20-39, 40-59" and score.protocol.reference_n == 100
     assert events[20][-1].values == pytest.approx(score.values, rel=1e-10)
-    exact = [M.stats_distance(M.feature_stats(sample(torch.tensor(list(r))), net), reference) for r in M.seed_ranges(20, 3)]
+    exact = [features.stats_distance(features.feature_stats(sample(torch.tensor(list(r))), net), reference) for r in M.seed_ranges(20, 3)]
     assert score.values == pytest.approx(exact, rel=1e-10)
     cost = M.sampling_cost(1000, 35, 3, sample, 10)
     assert cost["evaluations"] == 105_000 and cost["seconds"] > 0
-    with pytest.raises(ValueError, match="was not made with"): next(M.measure(sample, M.moments_stats(torch.zeros(4), torch.eye(4), 9, "other", "1"), net))
+    with pytest.raises(ValueError, match="was not made with"): next(M.measure(sample, frechet.moments_stats(torch.zeros(4), torch.eye(4), 9, "other", "1"), net))
 
 
 def test_references_from_images_and_files(tmp_path):
     from edm_nb.data import ImageSet, write_zip
-    net = M.pixels((3, 4, 4))
+    net = features.pixels((3, 4, 4))
     images = torch.randint(256, (12, 3, 4, 4), generator=gen()).byte()
     write_zip(tmp_path/"set.zip", ImageSet(images))
     computed = M.reference_stats(tmp_path/"set.zip", net)
-    torch.testing.assert_close(computed.cov, M.feature_stats(images, net).cov)
+    torch.testing.assert_close(computed.cov, features.feature_stats(images, net).cov)
     computed.save(tmp_path/"ref.npz")
     with pytest.warns(UserWarning, match="12 samples"): score = M.image_distance(tmp_path/"set.zip", tmp_path/"ref.npz", net)
     assert score.values[0] < 1e-8 and score.protocol.n == 12 and score.protocol.reference == "ref"
-    with pytest.raises(ValueError, match="did not make"): M.reference_stats(tmp_path/"ref.npz", M.pixels((3, 8, 8)))
+    with pytest.raises(ValueError, match="did not make"): M.reference_stats(tmp_path/"ref.npz", features.pixels((3, 8, 8)))

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edm_nb.framework import LINEAR, TABLE_1, VE, GaussianDenoiser, MixtureDenoiser, Schedule, ode_derivative, vp_schedule
-from edm_nb.ode_solvers import (Flow, adams_bashforth_weights, check_sigmas, coefficients, count_nfe, edm_sigmas, euler, heun,
-                                iddpm_sigmas, invert_ode, is_finite, multistep, ode_states, rk2, rk45, sample_ode, state_dtype,
-                                ve_sigmas, vp_sigmas)
+from edm_nb.ode_solvers import (
+    adams_bashforth_weights, coefficients, count_nfe, edm_sigmas, euler, Flow, heun,
+    iddpm_sigmas, invert_ode, multistep, ode_states, rk2, rk45, sample_ode, ve_sigmas,
+    vp_sigmas
+)
+from edm_nb.checks import check_sigmas, is_finite, state_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 VP = vp_schedule()

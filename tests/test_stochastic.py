@@ -13,22 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edm_nb.framework import LINEAR, VE, GaussianDenoiser, MixtureDenoiser, ode_derivative, score, vp_schedule
 from edm_nb.ode_solvers import Flow, edm_sigmas, euler, heun, iddpm_levels, iddpm_sigmas, multistep, rk2, sample_ode
 from edm_nb.stochastic import (
-    BEST_CHURN,
-    MAX_GAMMA,
-    Churn,
-    SeededNoise,
-    add_churn,
-    churn_gammas,
-    collect,
-    langevin,
-    langevin_states,
-    sample,
-    sample_sde,
-    sample_states,
-    sde_coefficients,
-    sde_states,
-    song_beta,
+    add_churn, BEST_CHURN, Churn, churn_gammas, collect, langevin, langevin_states,
+    MAX_GAMMA, sample, sample_sde, sample_states, sde_coefficients, sde_states,
+    song_beta
 )
+from edm_nb.randomness import SeededNoise
 
 SCHEDULES = {"linear": LINEAR, "ve": VE, "vp": vp_schedule()}
 SOLVERS = {"euler": euler, "heun": heun, "midpoint": rk2(0.5), "multistep": multistep(3)}

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from edm_nb import training as T
-from edm_nb.data import ImageSet, IndexStream, digits
+from edm_nb import configs, runs
+from edm_nb.data import digits, ImageSet
+from edm_nb.randomness import IndexStream
 from edm_nb.framework import GaussianDenoiser
 from edm_nb.preconditioning import Preconditioned, edm_scalings, edm_weight
 
-TOY = dataclasses.replace(T.PRESETS["toy"], images=640, log_every=320, save_every=0)
+TOY = dataclasses.replace(configs.PRESETS["toy"], images=640, log_every=320, save_every=0)
 
 
 def gen(seed=0):
@@ -173,10 +175,10 @@ def test_without_labels_hides_the_class_only():
 # --- configuration ------------------------------------------------------------------------------------------------
 
 def test_configuration_round_trip_and_unknown_keys():
-    for name, config in T.PRESETS.items():
-        assert T.config_from(json.loads(T.config_json(config))) == config, name
+    for name, config in configs.PRESETS.items():
+        assert configs.config_from(json.loads(configs.config_json(config))) == config, name
     with pytest.raises(ValueError, match=r"unknown keys \['batchsize'\].*known keys.*batch"):
-        T.config_from({"batchsize": 3})
+        configs.config_from({"batchsize": 3})
 
 
 @pytest.mark.parametrize("change, words", [
@@ -199,18 +201,18 @@ def test_configuration_round_trip_and_unknown_keys():
     (dict(network={"arch": "tiny", "model_channel": 8}), "no model_channel; expected some of arch, .*model_channels"),
     (dict(precond={"scalings": "emd"}), "emd"), (dict(precond={"sigma_data": 0}), "sigma_data is 0"), (dict(precond={"sigma_date": 1}), "sigma_date")])
 def test_bad_configurations_say_what_is_wrong(change, words):
-    with pytest.raises(ValueError, match=words): T.TrainConfig(**change)
+    with pytest.raises(ValueError, match=words): configs.TrainConfig(**change)
 
 
 def test_paper_presets_have_the_papers_numbers():
     for arch in ("ddpmpp", "ncsnpp"):
         for c in ("cond", "uncond"):
-            p = T.PRESETS[f"cifar10-{c}-{arch}"]
+            p = configs.PRESETS[f"cifar10-{c}-{arch}"]
             assert (p.images, p.batch, p.lr, p.lr_rampup, p.ema_halflife, p.ema_rampup, p.augment) == (
                 200_000_000, 512, 1e-3, 10_000_000, 500_000, 0.05, 0.12)
             assert p.network["dropout"] == 0.13 and p.network["channel_mult"] == [2, 2, 2] and p.network["model_channels"] == 128
             assert p.betas == (0.9, 0.999) and p.adam_eps == 1e-8 and p.conditional == (c == "cond") and not p.xflip
-    a = T.PRESETS["cifar10-baseline"]
+    a = configs.PRESETS["cifar10-baseline"]
     assert (a.images, a.batch, a.lr, a.lr_rampup, a.ema_halflife, a.ema_rampup, a.xflip, a.augment) == (
         200_000_000, 128, 2e-4, 640_000, 890_000, None, True, 0)
     assert a.network["dropout"] == 0.10 and a.network["channel_mult"] == [1, 2, 2, 2] and a.sigma == "vp" and a.precond["scalings"] == "vp"
@@ -220,14 +222,14 @@ def test_paper_presets_build_the_published_sizes():
     "Parameter counts of the paper's CIFAR-10 networks, built on the meta device from the presets."
     data = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), "c", tuple("abcdefghij"))
     for name, count in {"cifar10-cond-ddpmpp": 55_735_299, "cifar10-uncond-ddpmpp": 55_733_891, "cifar10-cond-ncsnpp": 56_400_643}.items():
-        denoiser = T.build_denoiser(T.PRESETS[name], data)
+        denoiser = T.build_denoiser(configs.PRESETS[name], data)
         assert sum(p.numel() for p in denoiser.parameters()) == count, name
 
 
 def test_each_ladder_row_keeps_the_rows_above():
-    rows = T.cifar10_ladder()
+    rows = configs.cifar10_ladder()
     assert list(rows) == list("ABCDEF")
-    assert dataclasses.replace(rows["F"], expected={}) == dataclasses.replace(T.PRESETS["cifar10-cond-ddpmpp"], expected={})
+    assert dataclasses.replace(rows["F"], expected={}) == dataclasses.replace(configs.PRESETS["cifar10-cond-ddpmpp"], expected={})
     changed = [{f.name for f in dataclasses.fields(b) if getattr(a, f.name) != getattr(b, f.name)} for a, b in zip(list(rows.values()), list(rows.values())[1:])]
     assert changed[1] == {"network"} and changed[2] == {"precond"} and changed[3] == {"sigma", "weight"} and changed[4] == {"xflip", "augment"}
 
@@ -239,7 +241,7 @@ def weights(state):
 
 
 def last(config, **arguments):
-    for record in T.train(config, device="cpu", **arguments): pass
+    for record in runs.train(config, device="cpu", **arguments): pass
     return record
 
 
@@ -252,7 +254,7 @@ def test_training_is_a_function_of_its_configuration():
 def test_what_the_caller_draws_between_records_does_not_matter():
     config = dataclasses.replace(TOY, network=dict(TOY.network, dropout=0.2))
     quiet = weights(last(config).state)
-    for record in T.train(config, device="cpu"): torch.randn(17)
+    for record in runs.train(config, device="cpu"): torch.randn(17)
     assert torch.equal(quiet, weights(record.state))
 
 
@@ -285,7 +287,7 @@ def test_parts_of_a_batch_are_the_whole_batch():
 
 def test_digits_training_lowers_the_loss():
     config = dataclasses.replace(TOY, images=6_400, log_every=640)
-    losses = [r.loss for r in T.train(config, device="cpu")]
+    losses = [r.loss for r in runs.train(config, device="cpu")]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -297,7 +299,7 @@ def test_bf16_trains_close_to_fp32():
 
 def test_unlabelled_data_and_conditional_configuration_is_an_error():
     data = ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="no labels"): next(T.train(TOY, data=data))
+    with pytest.raises(ValueError, match="no labels"): next(runs.train(TOY, data=data))
 
 
 def test_nonsense_averages_are_errors():
@@ -331,30 +333,30 @@ def rectangles(n=64):
 
 def test_rectangles_train_and_sample_as_rectangles(tmp_path):
     config = dataclasses.replace(TOY, images=128, log_every=64, grid_every=128)
-    model = T.fit(config, data=rectangles(), folder=tmp_path, device="cpu")
-    assert model.net.resolution == [8, 16] and T.image_shape(model) == (1, 8, 16)
-    assert T.sample_grid(model, rows=1, steps=2).shape == (10, 1, 8, 16)
+    model = runs.fit(config, data=rectangles(), folder=tmp_path, device="cpu")
+    assert model.net.resolution == [8, 16] and runs.image_shape(model) == (1, 8, 16)
+    assert runs.sample_grid(model, rows=1, steps=2).shape == (10, 1, 8, 16)
     assert (tmp_path/"samples"/"000000128.png").exists()
     from edm_nb import checkpoints
-    assert T.image_shape(checkpoints.load(tmp_path)) == (1, 8, 16)
+    assert runs.image_shape(checkpoints.load(tmp_path)) == (1, 8, 16)
 
 
 def test_a_network_that_does_not_fit_the_data_is_refused():
     for name, value in dict(resolution=16, channels=3, label_dim=11, augment_dim=9).items():
         config = dataclasses.replace(TOY, network=dict(TOY.network, **{name: value}))
         with pytest.raises(ValueError, match=f"network.{name} is {value}, but the data make it"): T.build_denoiser(config, digits())
-    with pytest.raises(ValueError, match="only square"): T.shrink(rectangles(), 4)
+    with pytest.raises(ValueError, match="only square"): runs.shrink(rectangles(), 4)
 
 
 def test_sigma_data_is_compared_with_the_data():
     import warnings
-    start = lambda sigma_data, data: next(T.train(dataclasses.replace(TOY, images=320, precond=dict(scalings="edm", sigma_data=sigma_data)), data=data, device="cpu"))
+    start = lambda sigma_data, data: next(runs.train(dataclasses.replace(TOY, images=320, precond=dict(scalings="edm", sigma_data=sigma_data)), data=data, device="cpu"))
     with pytest.warns(UserWarning, match="sigma_data is set to 0.3") as caught: start(0.3, digits())
     assert len([w for w in caught if "sigma_data" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         start(0.75, digits())
-        next(T.train(dataclasses.replace(TOY, images=320, precond=dict(scalings="vp", sigma_data=0.1)), data=digits(), device="cpu"))   # VP does not use it
+        next(runs.train(dataclasses.replace(TOY, images=320, precond=dict(scalings="vp", sigma_data=0.1)), data=digits(), device="cpu"))   # VP does not use it
     flat = ImageSet(torch.full((32, 1, 8, 8), 7, dtype=torch.uint8), torch.zeros(32, dtype=torch.int64), "flat")
     with pytest.raises(ValueError, match="'flat' are equal"): start(0.75, flat)
 
@@ -365,25 +367,25 @@ def test_a_limited_set_is_a_fair_and_fixed_choice(tmp_path):
     from edm_nb.data import write_zip
     write_zip(tmp_path/"sorted.zip", data.take(data.labels.sort(stable=True).indices))
     config = dataclasses.replace(TOY, data=str(tmp_path/"sorted.zip"), data_limit=200)
-    some = T.load_data(config)
+    some = runs.load_data(config)
     assert len(some) == 200 and some.label_dim == 10
     assert (some.labels.bincount(minlength=10) > 8).all()
-    assert torch.equal(T.load_data(dataclasses.replace(config, seed=7)).images, some.images)
-    assert len(T.load_data(dataclasses.replace(config, data_limit=10**6))) == len(data)
+    assert torch.equal(runs.load_data(dataclasses.replace(config, seed=7)).images, some.images)
+    assert len(runs.load_data(dataclasses.replace(config, data_limit=10**6))) == len(data)
 
 
 def test_facts_tell_sets_apart():
     data = digits()
-    one = T.data_facts(data)
-    assert one == T.data_facts(digits()) and one["n"] == 1797 and one["shape"] == [1, 8, 8] and one["labels"] == "classes"
+    one = runs.data_facts(data)
+    assert one == runs.data_facts(digits()) and one["n"] == 1797 and one["shape"] == [1, 8, 8] and one["labels"] == "classes"
     changed = data.images.clone(); changed[-1, 0, 7, 7] ^= 1
     relabelled = data.labels.clone(); relabelled[0] = 9 - relabelled[0]
     for other in (dataclasses.replace(data, images=changed), dataclasses.replace(data, labels=relabelled), dataclasses.replace(data, images=data.images.flip(0))):
-        assert T.data_facts(other)["sha256"] != one["sha256"]
-    large = T.data_facts(data, most=data.images.nbytes // 5)          # every fifth or sixth image is summed, in pieces or at once
-    assert large["sha256"] != one["sha256"] and large == T.data_facts(data, most=data.images.nbytes // 5)
+        assert runs.data_facts(other)["sha256"] != one["sha256"]
+    large = runs.data_facts(data, most=data.images.nbytes // 5)          # every fifth or sixth image is summed, in pieces or at once
+    assert large["sha256"] != one["sha256"] and large == runs.data_facts(data, most=data.images.nbytes // 5)
     vectors = ImageSet(torch.zeros(4, 4, 8, 8), torch.zeros(4, 3))
-    assert T.data_facts(vectors)["labels"] == "vectors" and T.data_facts(vectors)["dtype"] == "float32"
+    assert runs.data_facts(vectors)["labels"] == "vectors" and runs.data_facts(vectors)["dtype"] == "float32"
 
 
 def test_grids_of_vector_labels_show_the_data_s_own_labels():
@@ -392,16 +394,16 @@ def test_grids_of_vector_labels_show_the_data_s_own_labels():
     plain = net.forward
     net.forward = lambda x, sigma, class_labels=None, **more: (seen.append(class_labels), plain(x, sigma, class_labels))[1]
     vectors = torch.rand(3, 10, generator=gen())
-    T.sample_grid(net, rows=1, steps=1, labels=vectors)
+    runs.sample_grid(net, rows=1, steps=1, labels=vectors)
     torch.testing.assert_close(seen[0], vectors[torch.arange(10) % 3], rtol=0, atol=0)
     latents = ImageSet(torch.randn(32, 4, 8, 8, generator=gen()))
-    with pytest.raises(ValueError, match="grid_every"): T.check_data(dataclasses.replace(TOY, conditional=False, grid_every=64), latents)
+    with pytest.raises(ValueError, match="grid_every"): runs.check_data(dataclasses.replace(TOY, conditional=False, grid_every=64), latents)
 
 
 def test_shrink_averages_blocks():
     data = ImageSet(torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4) * 4)
-    assert T.shrink(data, 2).images.flatten().tolist() == [10, 18, 42, 50]
-    with pytest.raises(ValueError, match="divide"): T.shrink(data, 3)
+    assert runs.shrink(data, 2).images.flatten().tolist() == [10, 18, 42, 50]
+    with pytest.raises(ValueError, match="divide"): runs.shrink(data, 3)
 
 
 def test_import_is_light():

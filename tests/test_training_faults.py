@@ -12,28 +12,30 @@ import pytest
 import torch
 
 from edm_nb import checkpoints
+from edm_nb import configs, runs
 from edm_nb import training as T
 from edm_nb.data import digits
 
-TOY = dataclasses.replace(T.PRESETS["toy"], batch=32, images=640, log_every=32, save_every=64, augment=0.3, label_dropout=0.1,
+TOY = dataclasses.replace(configs.PRESETS["toy"], batch=32, images=640, log_every=32, save_every=64, augment=0.3, label_dropout=0.1,
                           network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1, dropout=0.1))
 SCRIPT = """
 import sys, json
 from edm_nb import training as T
-config = T.config_from(json.loads(sys.argv[1]))
-for record in T.train(config, sys.argv[2], device="cpu"):
+from edm_nb import configs, runs
+config = configs.config_from(json.loads(sys.argv[1]))
+for record in runs.train(config, sys.argv[2], device="cpu"):
     print(record.images, flush=True)
 """
 
 
 def run_all(config, folder=None, **more):
-    for record in T.train(config, folder, device="cpu", **more): pass
+    for record in runs.train(config, folder, device="cpu", **more): pass
     return record
 
 
 def everything(state):
     "All tensors of a state, in a fixed order."
-    return {k: v.clone() for k, v in sorted(T.state_tensors(state).items())}
+    return {k: v.clone() for k, v in sorted(runs.state_tensors(state).items())}
 
 
 def same(a, b):
@@ -42,7 +44,7 @@ def same(a, b):
 
 def start(config, folder):
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, T.config_json(config), str(folder)], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, configs.config_json(config), str(folder)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -77,7 +79,7 @@ def test_kill_minus_nine_then_resume_is_bit_exact(tmp_path):
 def test_resume_in_memory_of_the_test_process(tmp_path):
     "Break off at a record, start again: same final state, and the averaged model on disk is the state's."
     whole = run_all(TOY)
-    for record in T.train(TOY, tmp_path, device="cpu"):
+    for record in runs.train(TOY, tmp_path, device="cpu"):
         if record.images >= 320: break
     del record
     resumed = run_all(TOY, tmp_path)
@@ -107,10 +109,10 @@ def test_other_data_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_kept_models_stay(tmp_path):
-    for record in T.train(dataclasses.replace(TOY, images=320, keep_every=128, save_every=64), tmp_path, device="cpu"):
+    for record in runs.train(dataclasses.replace(TOY, images=320, keep_every=128, save_every=64), tmp_path, device="cpu"):
         if record.images == 128: average = {k: v.clone() for k, v in record.state.ema.averages.items()}
     assert [p.name for p in sorted(tmp_path.glob("model-*.safetensors"))] == [f"model-{n:09d}.safetensors" for n in (128, 256, 320)]
-    kept = checkpoints.load(T.model_at(tmp_path, 128))
+    kept = checkpoints.load(runs.model_at(tmp_path, 128))
     assert all(torch.equal(p, average[k]) for k, p in kept.named_parameters())
 
 
@@ -130,7 +132,7 @@ def test_non_finite_update_is_skipped_and_counted(monkeypatch):
     poison(monkeypatch, lambda k: k in (3, 7, 8))
     before = {}
     config = TOY
-    for record in T.train(config, device="cpu"):
+    for record in runs.train(config, device="cpu"):
         now = everything(record.state)
         step = record.images // 32 - 1
         if step in (3, 7, 8):
@@ -144,12 +146,12 @@ def test_non_finite_update_is_skipped_and_counted(monkeypatch):
 def test_infinite_loss_with_finite_gradients_is_skipped_too(monkeypatch):
     plain = T.backward
     monkeypatch.setattr(T, "backward", lambda *a: plain(*a) + float("inf"))
-    with pytest.raises(T.TrainingDiverged): run_all(TOY)
+    with pytest.raises(runs.TrainingDiverged): run_all(TOY)
 
 
 def test_ten_in_a_row_end_the_run_and_name_the_last_good_checkpoint(monkeypatch, tmp_path):
     poison(monkeypatch, lambda k: k >= 4)
-    with pytest.raises(T.TrainingDiverged, match=r"updates in a row.*state-0000000\d+\.safetensors"): run_all(TOY, tmp_path)
+    with pytest.raises(runs.TrainingDiverged, match=r"updates in a row.*state-0000000\d+\.safetensors"): run_all(TOY, tmp_path)
     tensors, _, _ = checkpoints.load_state(tmp_path/"state")
     assert all(v.isfinite().all() for v in tensors.values())
 
@@ -160,16 +162,16 @@ def test_nine_in_a_row_do_not(monkeypatch):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    first = T.train(TOY, tmp_path, device="cpu")
+    first = runs.train(TOY, tmp_path, device="cpu")
     next(first)
-    with pytest.raises(RuntimeError, match="another run is training in"): next(T.train(TOY, tmp_path, device="cpu"))
+    with pytest.raises(RuntimeError, match="another run is training in"): next(runs.train(TOY, tmp_path, device="cpu"))
     first.close()
     run_all(TOY, tmp_path)                         # the lock is gone with its owner
 
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path/"file").write_text("in the way")
-    with pytest.raises(OSError, match="cannot write to the run folder"): next(T.train(TOY, tmp_path/"file"/"run", device="cpu"))
+    with pytest.raises(OSError, match="cannot write to the run folder"): next(runs.train(TOY, tmp_path/"file"/"run", device="cpu"))
 
 
 def test_disk_full_leaves_the_last_checkpoint(monkeypatch, tmp_path):
@@ -205,7 +207,7 @@ def test_interrupt_is_deferred_to_the_end_of_the_step(request):
     # a shell starts background jobs with Ctrl-C ignored, and a test run may be one
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with T.deferred_interrupt() as pressed:
+    with runs.deferred_interrupt() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert pressed                            # noticed, not raised
@@ -217,7 +219,7 @@ def test_interrupt_is_deferred_to_the_end_of_the_step(request):
 def test_log_grid_and_configuration_are_written(tmp_path):
     config = dataclasses.replace(TOY, images=128, grid_every=64)
     run_all(config, tmp_path)
-    assert T.config_from(json.loads((tmp_path/"config.json").read_text())) == config
+    assert configs.config_from(json.loads((tmp_path/"config.json").read_text())) == config
     assert sorted(p.name for p in (tmp_path/"samples").glob("*.png")) == ["000000064.png", "000000128.png"]
     assert len((tmp_path/"log.jsonl").read_text().splitlines()) == 4
     assert not list(tmp_path.rglob("*.tmp"))
@@ -225,14 +227,14 @@ def test_log_grid_and_configuration_are_written(tmp_path):
 
 def test_image_set_that_does_not_fit_stays_where_it_is():
     data = digits()
-    assert T.to_device(data, torch.device("cpu")).images.data_ptr() == data.images.data_ptr()
+    assert runs.to_device(data, torch.device("cpu")).images.data_ptr() == data.images.data_ptr()
 
 
 def test_a_finished_run_gives_its_model_and_is_not_trained_again(tmp_path):
     config = dataclasses.replace(TOY, images=128)
-    trained = T.fit(config, folder=tmp_path, device="cpu")
+    trained = runs.fit(config, folder=tmp_path, device="cpu")
     for images in (128, 64):
-        again = T.fit(dataclasses.replace(config, images=images), folder=tmp_path, device="cpu")
+        again = runs.fit(dataclasses.replace(config, images=images), folder=tmp_path, device="cpu")
         assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
 
 
@@ -243,22 +245,22 @@ def test_a_run_killed_between_its_last_state_and_its_model_gets_the_model(tmp_pa
     run_all(config, tmp_path)
     new = (tmp_path/"model.safetensors").read_bytes()
     for name, content in zip(("model.safetensors", "model.json"), old): (tmp_path/name).write_bytes(content)
-    T.fit(config, folder=tmp_path, device="cpu")
+    runs.fit(config, folder=tmp_path, device="cpu")
     assert (tmp_path/"model.safetensors").read_bytes() == new
 
 
 def test_overwriting_needs_the_lock_and_a_run(tmp_path):
     run_all(dataclasses.replace(TOY, images=64), tmp_path/"run")
-    other = T.train(TOY, tmp_path/"run", device="cpu")
+    other = runs.train(TOY, tmp_path/"run", device="cpu")
     next(other)
-    with pytest.raises(T.FolderBusy): next(T.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
+    with pytest.raises(runs.FolderBusy): next(runs.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
     other.close()
     assert checkpoints.latest_state(tmp_path/"run"/"state") is not None
-    first = next(T.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
+    first = next(runs.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
     assert first.images == 32
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine"/"thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis.txt, but no run"): next(T.train(TOY, tmp_path/"mine", device="cpu", overwrite=True))
+    with pytest.raises(ValueError, match="thesis.txt, but no run"): next(runs.train(TOY, tmp_path/"mine", device="cpu", overwrite=True))
     assert (tmp_path/"mine"/"thesis.txt").exists()
 
 
