@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from execute import KERNEL, NBS, ROOT
+from execute import KERNEL, NBS, ROOT, TAGS
 
 MAX_BYTES = 2_000_000
 
@@ -29,7 +29,7 @@ def notebook_problems(path):
         problems.append("has notebook metadata beside the kernel name (run `make run`)")
     shows = 0
     for number, cell in enumerate(notebook["cells"]):
-        if cell["metadata"]:
+        if set(cell["metadata"]) - {"tags"} or set(cell["metadata"].get("tags", [])) - TAGS:
             problems.append(f"cell {number} has metadata {sorted(cell['metadata'])}")
         if cell["cell_type"] != "code":
             continue

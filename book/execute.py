@@ -22,6 +22,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+TAGS = {"hide-input", "solution"}   # the only cell metadata that a notebook keeps: folded code, folded solutions
+LAST = ("claims.ipynb", "cheatsheet.ipynb", "index.ipynb")   # pages that read what the chapters leave behind
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
@@ -35,7 +37,8 @@ def clean(notebook):
     "Remove what an execution leaves behind except its outputs: counts, timings, metadata, memory addresses."
     notebook.metadata = nbformat.from_dict(KERNEL)
     for cell in notebook.cells:
-        cell.metadata = {}
+        tags = sorted(TAGS & set(cell.metadata.get("tags", [])))
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type != "code":
             continue
         cell.execution_count = None
@@ -118,6 +121,8 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["EDM_NB_CLAIMS"] = str(ROOT / "results/claims" if args.in_place else args.out.resolve().parent / "claims")
+    os.environ["EDM_NB_NOTEBOOKS"] = str(NBS if args.in_place else args.out.resolve())
 
     def run(path):
         record = execute(path, args.out, args.in_place, args.cell_timeout)
@@ -132,7 +137,9 @@ def main():
     paths.sort(key=lambda path: (-known.get(path.name, 30.0), path.name))
     started = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
-        records = sorted(pool.map(run, paths), key=lambda r: r["notebook"])
+        records = list(pool.map(run, [path for path in paths if path.name not in LAST]))
+        records += [run(path) for path in sorted(paths, key=lambda p: p.name) if path.name in LAST]
+    records.sort(key=lambda r: r["notebook"])
     if not args.in_place:
         write_atomically(report, json.dumps(records, indent=1))
     print(f"{len(records)} notebooks, {sum(r['seconds'] for r in records):.0f} s of kernels, "

@@ -675,4 +675,11 @@ d = { 'settings': { 'branch': 'main',
                                  'edm_nb.training.train_step': ('training.html#train_step', 'edm_nb/training.py'),
                                  'edm_nb.training.ve_quantile': ('training.html#ve_quantile', 'edm_nb/training.py'),
                                  'edm_nb.training.vp_quantile': ('training.html#vp_quantile', 'edm_nb/training.py'),
-                                 'edm_nb.training.without_labels': ('training.html#without_labels', 'edm_nb/training.py')}}}
+                                 'edm_nb.training.without_labels': ('training.html#without_labels', 'edm_nb/training.py')},
+            'edm_nb.verdicts': { 'edm_nb.verdicts.Interval': ('verdicts.html#interval', 'edm_nb/verdicts.py'),
+                                 'edm_nb.verdicts.Interval.__str__': ('verdicts.html#interval.__str__', 'edm_nb/verdicts.py'),
+                                 'edm_nb.verdicts.interval': ('verdicts.html#interval', 'edm_nb/verdicts.py'),
+                                 'edm_nb.verdicts.paired': ('verdicts.html#paired', 'edm_nb/verdicts.py'),
+                                 'edm_nb.verdicts.record': ('verdicts.html#record', 'edm_nb/verdicts.py'),
+                                 'edm_nb.verdicts.records': ('verdicts.html#records', 'edm_nb/verdicts.py'),
+                                 'edm_nb.verdicts.verdict': ('verdicts.html#verdict', 'edm_nb/verdicts.py')}}}
