@@ -5,6 +5,7 @@
 Pages are made from the copies that `book/execute.py` ran, and from nothing else: a copy whose sources differ from the
 notebook in nbs/ stops the build.
 """
+import ast
 import json
 import os
 import re
@@ -15,10 +16,15 @@ from pathlib import Path
 
 import nbformat
 
+import api
 from execute import NBS, ROOT, source_hash
 
 EXECUTED, SOURCES, HTML = (ROOT / "_build" / name for name in ("executed", "site", "html"))
-HIDE, EXPORT = re.compile(r"#\|\s*(hide|default_exp)\b"), re.compile(r"#\|\s*export\b.*\n?")
+HIDE, EXPORT = re.compile(r"#\|\s*(hide|default_exp)\b"), re.compile(r"#\|\s*export\b")
+ALT = re.compile(r"#\|\s*alt:\s*(.+)")
+# What prose keeps as it is while names become links: fences, formulas, roles, links, raw HTML, headings.
+KEPT = re.compile(r"(```.*?```|~~~.*?~~~|\$\$.*?\$\$|\$[^$\n]+\$|\{[\w:]+\}`[^`]*`|!?\[[^\]]*\]\([^)]*\)|<[^>]+>|^#+ .*?$|^\s*\([\w-]+\)=$)", re.S | re.M)
+PAGES = {"bibliography": "# Bibliography\n\n> Everything that the book names, with a place to read it.\n\n```{bibliography}\n:all:\n```\n"}
 
 
 def checked_copies():
@@ -34,28 +40,111 @@ def checked_copies():
         yield EXECUTED / path.name
 
 
-def as_page(notebook):
-    "The notebook as a reader sees it: directives gone, hidden cells gone, exported cells tagged."
-    cells = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            if HIDE.match(cell.source.lstrip()) or not cell.source.strip():
+class Links:
+    "Turns names in prose into links: functions to the reference, claims, chapters and equations to their places."
+    def __init__(self, names, pages, equations):
+        self.names, self.pages, self.equations = names, pages, equations
+        self.chapters = {page[:2]: page for page in pages if re.match(r"\d\d_", page)}
+
+    def __call__(self, text):
+        "The same prose with links; formulas, code, headings and what is linked already stay as they are."
+        parts = KEPT.split(text)
+        return "".join(part if k % 2 else self.linked(part) for k, part in enumerate(parts))
+
+    def linked(self, text):
+        "One stretch of plain prose."
+        def name(match):
+            full = self.names.get(match[1].split("(")[0])
+            return f"{{py:obj}}`{match[1]} <{full}>`" if full else match[0]
+        def chapter(match):
+            page = self.chapters.get(match[2])
+            return f"[{match[0]}]({page}.ipynb)" if page else match[0]
+        def equation(match):
+            return f"[{match[0]}](equations.md#eq-{match[1]})" if int(match[1]) in self.equations else match[0]
+        pieces = re.split(r"(`[^`\n]*`)", text)
+        for k, piece in enumerate(pieces):
+            if k % 2:
+                pieces[k] = re.sub(r"^`(\w+(?:\(\))?)`$", name, piece)
                 continue
-            if EXPORT.match(cell.source.lstrip()):
-                cell.source = EXPORT.sub("", cell.source.lstrip(), count=1)
-                cell.metadata["tags"] = ["exported"]
+            if "claims" in self.pages:
+                piece = re.sub(r"\bC(0[1-9]|[12]\d|30)\b", r'<a href="claims.html#c\1">C\1</a>', piece)
+            piece = re.sub(r"\b([Cc]hapter) (\d\d)\b", chapter, piece)
+            pieces[k] = re.sub(r"\bEq\. (\d+)\b", equation, piece)
+        return "".join(pieces)
+
+
+def definitions(source):
+    "Names that an exported cell defines."
+    tree = ast.parse(source)
+    made = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return made + [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+
+
+def only_imports(source):
+    "Is this a cell of imports? Readers of a page need it folded; readers of the notebook run it."
+    try: body = ast.parse(source).body
+    except SyntaxError: return False
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Try)) for node in body)
+
+
+def as_page(notebook, links):
+    "The notebook as a reader sees it: directives gone, hidden cells gone, exported cells tagged, names linked."
+    cells, module = [], None
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = links(cell.source)
+        else:
+            directives = [line for line in cell.source.lstrip().splitlines() if line.startswith("#|")]
+            made = re.match(r"#\|\s*default_exp\s+(\w+)", cell.source.lstrip())
+            module = made[1] if made else module
+            if any(HIDE.match(line) for line in directives) or not cell.source.strip():
+                continue
+            cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip("\n")
+            tags = [{"solution": "hide-cell"}.get(tag, tag) for tag in cell.metadata.get("tags", [])]
+            if "hide-cell" in tags:
+                tags = [tag for tag in tags if tag != "hide-input"]
+            if only_imports(cell.source) and "hide-input" not in tags:
+                tags.append("hide-input")
+            if any(EXPORT.match(line) for line in directives):
+                tags.append("exported")
+                ids = "".join(f'<a id="{api.anchor(module, name)}"></a>' for name in definitions(cell.source))
+                if ids:
+                    cells.append(nbformat.v4.new_markdown_cell(ids))
+            alt = next((m[1] for m in map(ALT.match, directives) if m), None)
+            cell.metadata = nbformat.from_dict({**({"tags": tags} if tags else {}),
+                                                **({"mystnb": {"image": {"alt": alt}}} if alt else {})})
+            for output in cell.outputs:
+                if "text/markdown" in output.get("data", {}):
+                    output.data["text/markdown"] = links(output.data["text/markdown"])
         cells.append(cell)
     notebook.cells = cells
     return notebook
 
 
-def contents(names):
-    "The table of contents that Sphinx needs, appended to the index page."
+def title_of(path):
+    "The first heading of a notebook."
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and (found := re.search(r"^# (.+)$", cell.source, re.M)):
+            return found[1]
+    sys.exit(f"build.py: {path.name} has no title (a heading of the first level)")
+
+
+def contents(titles, extra):
+    "The tables of contents that Sphinx needs, appended to the index page. Chapters carry their numbers."
     def toctree(caption, pages):
-        return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
-    pages = [Path(name).stem for name in names if name != "index.ipynb"]
-    chapters, workshop = [p for p in pages if p < "10"], [p for p in pages if p >= "10"]
-    return nbformat.v4.new_markdown_cell(toctree("The story", chapters) + "\n\n" + toctree("The workshop", workshop))
+        rows = [f"{page[:2]} · {titles[page]} <{page}>" if re.match(r"\d\d_", page) else page for page in pages]
+        return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(rows) + "\n```"
+    pages = [page for page in titles if page != "index"]
+    groups = {"At a glance": [p for p in pages if not re.match(r"\d\d_", p)], "The story": [p for p in pages if "00" <= p[:2] < "10"],
+              "The workshop": [p for p in pages if "10" <= p[:2] < "99"], "Reference": extra}
+    return nbformat.v4.new_markdown_cell("\n\n".join(toctree(caption, found) for caption, found in groups.items() if found))
+
+
+def finish(folder):
+    "Pictures load when they come into view."
+    for path in folder.glob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"<img (?![^>]*loading=)", '<img loading="lazy" ', text), encoding="utf-8")
 
 
 def main():
@@ -64,10 +153,21 @@ def main():
     shutil.rmtree(HTML, ignore_errors=True)
     SOURCES.mkdir(parents=True)
     paths = list(checked_copies())
+    titles = {path.stem: title_of(path) for path in paths}
+    found = api.package(ROOT)
+    links = Links(api.unique_names(found), set(titles), api.numbers(found))
+    chapters = {}
     for path in paths:
-        notebook = as_page(nbformat.read(path, as_version=4))
+        text = path.read_text(encoding="utf-8")
+        if module := re.search(r"#\| default_exp (\w+)", text):
+            chapters[module[1]] = path.stem
+    extra = [*api.write_pages(SOURCES, chapters), *PAGES]
+    for name, text in PAGES.items():
+        (SOURCES / f"{name}.md").write_text(text, encoding="utf-8")
+    for path in paths:
+        notebook = as_page(nbformat.read(path, as_version=4), links)
         if path.name == "index.ipynb":
-            notebook.cells.append(contents([p.name for p in paths]))
+            notebook.cells.append(contents(titles, extra))
         nbformat.write(notebook, SOURCES / path.name)
     if (ROOT / "results").is_dir():     # pictures that pages refer to as ../results/...
         shutil.copytree(ROOT / "results", SOURCES.parent / "results", dirs_exist_ok=True)
@@ -76,6 +176,7 @@ def main():
     code = subprocess.call(command, env=dict(os.environ, PYTHONWARNINGS="ignore"))
     if code:
         sys.exit(f"build.py: Sphinx failed with exit code {code}")
+    finish(HTML)
     print(f"The book: {HTML / 'index.html'}")
 
 
