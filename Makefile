@@ -1,5 +1,7 @@
 # edm_nb: two commands are enough, `make book` and `make test`. Both install what they lack into .venv.
 PYTHON ?= python3
+# newest, or oldest: the lower bounds of settings.ini. Decided when .venv is made.
+VERSIONS ?= newest
 BIN := .venv/bin
 STAMP := .venv/.installed
 BENCHMARKS := ideal_denoiser samplers stochastic data networks augmentation metrics training
@@ -13,10 +15,10 @@ ifneq ($(strip $(EDM_NB_CIFAR10)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install export run check book test lab bench demo clean
+.PHONY: help install export tidy check run book test test-fast package newest-nbdev lab bench demo clean
 
 help:  ## show the targets (the default)
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv and install the package with all it needs
 
@@ -24,11 +26,18 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "edm_nb needs Python 3.10 or newer, and $(PYTHON) is older: try make PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[book,dev]'
+	sed -n '/^requirements/,/^$$/s/>=/==/p' settings.ini >.venv/oldest.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[book,dev]' $(if $(filter oldest,$(VERSIONS)),-c .venv/oldest.txt)
 	touch $@
 
 export: $(STAMP)  ## write edm_nb/ from the notebooks
 	$(BIN)/nbdev_export
+
+tidy: $(STAMP)  ## clean the notebooks' metadata and write edm_nb/ anew; the outputs stay
+	$(BIN)/python book/check.py --fix
+
+check: $(STAMP)  ## what takes seconds: the export is fresh, the notebooks are clean
+	$(BIN)/python book/check.py
 
 run: $(STAMP)  ## execute the notebooks and keep the outputs in nbs/, cleaned
 	$(BIN)/python book/execute.py --in-place
@@ -37,10 +46,19 @@ book: $(STAMP)  ## execute every notebook and build the HTML book from those cop
 	$(BIN)/python book/execute.py
 	$(BIN)/python book/build.py
 
-test: $(STAMP)  ## check the export, execute the notebooks, run pytest
-	$(BIN)/python book/check.py
+test: check  ## check the export, execute the notebooks, run pytest
 	$(BIN)/python book/execute.py
-	EDM_NB_EXECUTED=_build/executed $(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	EDM_NB_EXECUTED=_build/executed $(BIN)/python -m pytest -q --durations=10 -m 'not slow and not gpu'
+
+test-fast: check  ## for the inner loop: notebooks that you changed, tests that do not train
+	$(BIN)/python book/execute.py --changed
+	$(BIN)/python -m pytest -q --durations=10 -m 'not slow and not gpu and not training'
+
+package: $(STAMP)  ## build wheel and source archive, and try the wheel in an empty environment
+	$(BIN)/python -m pytest -q --durations=10 -m slow tests/test_distribution.py
+
+newest-nbdev: $(STAMP)  ## what the newest nbdev would make of this project
+	$(BIN)/python book/newest_nbdev.py
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -1,8 +1,9 @@
 """Check what is committed: the package equals a fresh export, and the notebooks are clean.
 
     python book/check.py
+    python book/check.py --fix      # first clean the notebooks' metadata and export them
 
-Nothing is changed. Every problem is a line of its own, and one problem is enough for exit code 1.
+Without --fix nothing is changed. Every problem is a line of its own, and one problem is enough for exit code 1.
 """
 import json
 import shutil
@@ -11,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from execute import KERNEL, NBS, ROOT, TAGS
+import nbformat
+from execute import KERNEL, NBS, ROOT, TAGS, clean, write_atomically
 
 MAX_BYTES = 2_000_000
 
@@ -65,8 +67,23 @@ def export_problems(root=ROOT):
             if ours.get(name) != theirs.get(name)]
 
 
+def fix():
+    "Clean what can be cleaned without executing, and export; what needs an execution stays a problem."
+    for path in sorted(NBS.glob("*.ipynb")):
+        before = path.read_text(encoding="utf-8")
+        after = nbformat.writes(clean(nbformat.reads(before, as_version=4))) + "\n"
+        if after != before:
+            write_atomically(path, after)
+            print(f"cleaned nbs/{path.name}")
+    subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=ROOT, check=True)
+
+
 def main():
     "Print every problem; exit 1 if there is one."
+    if sys.argv[1:] not in ([], ["--fix"]):
+        sys.exit(f"check.py: expected nothing or --fix, got {' '.join(sys.argv[1:])}")
+    if sys.argv[1:]:
+        fix()
     problems = export_problems()
     for path in sorted(NBS.glob("*.ipynb")):
         problems += [f"nbs/{path.name} {line}" for line in notebook_problems(path)]

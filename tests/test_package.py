@@ -7,6 +7,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "edm_nb").glob("[!_]*.py"))
@@ -52,8 +53,8 @@ def test_settings_ini_is_the_one_configuration():
         installed = importlib.metadata.distribution("edm_nb")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("edm_nb is on the path but not installed")
-    plain = [r.replace(" ", "") for r in installed.requires if "extra" not in r]
-    assert sorted(plain) == sorted(lines)
+    plain = [Requirement(line) for line in installed.requires if "extra" not in line]
+    assert sorted(map(str, plain)) == sorted(str(Requirement(line)) for line in lines)
     assert set(installed.metadata.get_all("Provides-Extra")) == {"fid", "track", "book", "dev"}
     (script,) = [e for e in installed.entry_points if e.group == "console_scripts"]
     assert (script.name, script.value) == ("edm-nb", "edm_nb.cli:main")
