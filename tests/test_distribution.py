@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("build"), reason="t
 USE = """
 import edm_nb, sys
 assert edm_nb.__file__.startswith(sys.argv[1]), edm_nb.__file__
-from edm_nb.metrics import cifar_features
+from edm_nb.features import cifar_features
 assert cifar_features().name == "cifar-features"
 import edm_nb.cli
 """
