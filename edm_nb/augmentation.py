@@ -147,9 +147,9 @@ class Draw:
     xflip: Tensor        # 1 mirrors left and right
     yflip: Tensor        # 1 mirrors top and bottom
     scale: Tensor        # w: zoom by 2^(0.2 w)
-    angle: Tensor        # radians, from the x axis towards the y axis (y points down)
+    angle: Tensor        # radians, counter-clockwise as one looks at the picture
     aniso: Tensor        # w: stretch by 2^(0.2 w) along a direction, by its inverse across
-    direction: Tensor    # radians, of the stretch
+    direction: Tensor    # radians, of the stretch, counter-clockwise from the right
     shift_x: Tensor      # in units of an eighth of the width, to the right
     shift_y: Tensor      # in units of an eighth of the height, down
 
@@ -174,14 +174,14 @@ def inverse_map(draw:Draw,            # of B images
     "Undo shift, stretch, rotation and zoom, in this order: the image was zoomed first and shifted last."
     stretch = torch.diag_embed(torch.exp2(-octaves * torch.stack([draw.aniso, -draw.aniso], 1)))
     zoom = torch.exp2(-octaves * draw.scale)[:, None, None]
-    linear = zoom * (turn(-draw.angle) @ turn(draw.direction) @ stretch @ turn(-draw.direction))
+    linear = zoom * (turn(draw.angle) @ turn(-draw.direction) @ stretch @ turn(draw.direction))
     shift = torch.stack([draw.shift_x * (fraction * width), draw.shift_y * (fraction * height)], 1)[:, :, None]
     return torch.cat([linear, -(linear @ shift)], 2)
 
 # %% ../nbs/12_augmentation.ipynb #5b8fdd9d
 def turn(angle:Tensor,   # radians `[B]`
         ) -> Tensor:     # `[B, 2, 2]`
-    "Rotation from the x axis towards the y axis."
+    "Rotation from the x axis towards the y axis, which points down: clockwise to the eye."
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
 
@@ -209,7 +209,9 @@ class AugmentPipe:
             ) -> Draw:
         "The random numbers of a batch; always the same count of them, whatever is switched on."
         where = generator.device if generator is not None else device
-        coin, noise = (f(8, n, generator=generator, device=where).to(device) for f in (torch.rand, torch.randn))
+        draws = (f(8, n, generator=generator, device=where, dtype=torch.float32)
+                 for f in (torch.rand, torch.randn))
+        coin, noise = (numbers.to(device) for numbers in draws)
         on = lambda row, odds: (coin[row] < odds).to(noise.dtype)
         angle = lambda row: (coin[row] * 2 - 1) * math.pi
         scale, rotate, aniso, move = self.p*self.scale, self.p*self.rotate_frac, self.p*self.aniso, self.p*self.translate_frac
@@ -222,14 +224,20 @@ class AugmentPipe:
                 ) -> tuple:          # (images like the input, labels float32 `[B, 9]`)
         "Augment a batch; at p = 0 the images themselves are returned."
         check_images(images)
-        if self.p == 0: return images, torch.zeros(len(images), 9, device=images.device)
+        if self.p == 0: return images, images.new_zeros(len(images), 9, dtype=torch.float32)
         draw = self.draw(len(images), generator, images.device)
         return apply(images, draw), draw.labels()
 
 # %% ../nbs/12_augmentation.ipynb #14fdbdb2
 def check_images(images:Tensor,   # to be augmented
                 ) -> None:
-    "Refuse what is not a batch of float images."
+    """Refuse what is not a batch of float images.
+
+    ValueError: another kind of thing (an array of numpy), rank or dtype.
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"expected a tensor of float images [B, C, H, W], got {type(images).__name__}; "
+                         "torch.from_numpy makes one of an array")
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"expected float images [B, C, H, W], got {images.dtype} {tuple(images.shape)}; "
                          "convert uint8 with edm_nb.data.to_float")

@@ -31,11 +31,11 @@ def pixels(height, width):
 TRANSFORMS = {   # output position, from the centre -> input position, from the centre, by hand
     "zoom in": (dict(scale=1.5), lambda x, y, h, w: (x / 2**0.3, y / 2**0.3)),
     "zoom out": (dict(scale=-1.0), lambda x, y, h, w: (x * 2**0.2, y * 2**0.2)),
-    "rotate 30°": (dict(angle=math.pi/6), lambda x, y, h, w: (math.sqrt(3)/2*x + 0.5*y, -0.5*x + math.sqrt(3)/2*y)),
-    "rotate -2 rad": (dict(angle=-2.0), lambda x, y, h, w: (math.cos(2)*x - math.sin(2)*y, math.sin(2)*x + math.cos(2)*y)),
+    "rotate 30°": (dict(angle=math.pi/6), lambda x, y, h, w: (math.sqrt(3)/2*x - 0.5*y, 0.5*x + math.sqrt(3)/2*y)),
+    "rotate -2 rad": (dict(angle=-2.0), lambda x, y, h, w: (math.cos(2)*x + math.sin(2)*y, -math.sin(2)*x + math.cos(2)*y)),
     "stretch along x": (dict(aniso=1.0), lambda x, y, h, w: (x / 2**0.2, y * 2**0.2)),
     "stretch along the diagonal": (dict(aniso=2.0, direction=math.pi/4), lambda x, y, h, w: (
-        (x + y)/2 * 2**-0.4 + (x - y)/2 * 2**0.4, (x + y)/2 * 2**-0.4 - (x - y)/2 * 2**0.4)),
+        (x - y)/2 * 2**-0.4 + (x + y)/2 * 2**0.4, -(x - y)/2 * 2**-0.4 + (x + y)/2 * 2**0.4)),   # up and to the right
     "shift": (dict(shift_x=1.0, shift_y=-0.7), lambda x, y, h, w: (x - w/8, y + 0.7*h/8)),
     "shift far": (dict(shift_x=-21.3), lambda x, y, h, w: (x + 21.3*w/8, y)),
 }
@@ -67,12 +67,66 @@ def test_flips_copy_pixels():
 
 def test_transforms_compose_zoom_rotate_stretch_shift():
     values = dict(scale=0.7, angle=0.4, aniso=-1.1, direction=0.9, shift_x=0.3, shift_y=-0.5)
-    rotate = lambda a: np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+    rotate = lambda a: np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])   # counter-clockwise: y points down
     forward = rotate(0.9) @ np.diag([2**-0.22, 2**0.22]) @ rotate(-0.9) @ rotate(0.4) * 2**0.14
     inverse = inverse_map(one(**values), 20, 30)[0].numpy()
     point = np.array([3.0, -4.0])
     out = forward @ point + [0.3*30/8, -0.5*20/8]
     np.testing.assert_allclose(inverse @ [*out, 1], point, atol=1e-12)
+
+
+ARROW = """.....
+           ...#.
+           #####
+           ...#.
+           .....""".split()
+TURNED = {90: """..#..
+                 .###.
+                 ..#..
+                 ..#..
+                 ..#..""".split(), -90: """..#..
+                                           ..#..
+                                           ..#..
+                                           .###.
+                                           ..#..""".split(), 180: """.....
+                                                                     .#...
+                                                                     #####
+                                                                     .#...
+                                                                     .....""".split()}
+
+
+def drawn(rows):
+    return torch.tensor([[float(c == "#") for c in row] for row in rows], dtype=torch.float64)[None, None]
+
+
+@pytest.mark.parametrize("degrees, sine", [(90, 1), (-90, -1), (180, 0)])
+def test_signs_of_the_published_pipeline_rotation(degrees, sine):
+    "Worked by hand: the label with sin = +1 is an arrow that pointed right and points up, as in the published pipeline."
+    draw = one(angle=math.radians(degrees))
+    assert torch.equal(apply(drawn(ARROW), draw) > 0.5, drawn(TURNED[degrees]) > 0.5)
+    assert draw.labels()[0, 4].item() == pytest.approx(sine, abs=1e-12)
+
+
+def test_signs_of_the_published_pipeline_stretch():
+    "A blob that is stretched with both labels positive leans like a slash: its extent is from bottom left to top right."
+    y, x = torch.meshgrid(torch.arange(33.) - 16, torch.arange(33.) - 16, indexing="ij")
+    blob = torch.exp(-(x**2 + y**2) / 18)[None, None].double()
+    draw = one(aniso=2.0, direction=math.pi/4)
+    weights = apply(blob, draw)[0, 0]
+    assert (draw.labels()[0, 5:7] > 1).all()
+    moment = lambda a, b: float((weights * a * b).sum() / weights.sum())
+    assert moment(x, x) == pytest.approx(moment(y, y), rel=1e-2) and moment(x, y) < -0.4 * moment(x, x)   # y points down
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.float16, torch.bfloat16])
+def test_draws_do_not_depend_on_the_default_dtype(other):
+    images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    run = lambda: AugmentPipe(0.5)(images, torch.Generator().manual_seed(0))
+    want = run()
+    torch.set_default_dtype(other)
+    try: got = run()
+    finally: torch.set_default_dtype(torch.float32)
+    assert got[1].dtype == torch.float32 and all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def plain_warp(image, inverse, h):
@@ -300,6 +354,7 @@ def test_cuda_does_not_synchronise_and_agrees():
 @pytest.mark.parametrize("call, words", [
     (lambda: AugmentPipe()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "to_float"),
     (lambda: AugmentPipe()(torch.zeros(3, 8, 8)), r"\[B, C, H, W\]"),
+    (lambda: AugmentPipe()(np.zeros((2, 3, 8, 8), np.float32)), "got ndarray; torch.from_numpy"),
     (lambda: AugmentPipe(p=1.2), "p = 1.2"),
     (lambda: AugmentPipe(p=-0.1), "p = -0.1"),
     (lambda: AugmentPipe(p=0.5, scale=3), "scale = 3"),
