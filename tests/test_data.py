@@ -580,23 +580,6 @@ def test_odd_batches(tmp_path):
     refuse(lambda: load_images(folder), "missing", "data_batch_4")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
-                    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner, max_size=4), max_leaves=20),
-       st.sampled_from([3, 4, 5]))
-def test_machine_reads_plain_pickles(value, protocol):
-    assert pickles.PickleReader(pickle.dumps(value, protocol), set(), "plain").read() == value
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=60))
-def test_machine_survives_anything(junk):
-    try:
-        pickles.PickleReader(junk, {"collections.OrderedDict"}, "junk", max_ops=1000).read()
-    except DataError:
-        pass
-
-
 # ---- finding CIFAR-10 ------------------------------------------------------------------------------------------------
 
 def cifar_like(n=6):
