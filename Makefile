@@ -15,7 +15,7 @@ ifneq ($(strip $(EDM_NB_CIFAR10)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install export tidy check run book test test-fast package newest-nbdev lab bench demo clean
+.PHONY: help install export tidy check browser run book test test-fast package newest-nbdev lab bench demo clean
 
 help:  ## show the targets (the default)
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,10 +43,18 @@ run: $(STAMP)  ## execute the notebooks and keep the outputs in nbs/, cleaned
 	$(BIN)/python book/execute.py --in-place
 
 book: $(STAMP)  ## execute every notebook and build the HTML book from those copies
+	$(BIN)/python book/explorer.py
 	$(BIN)/python book/execute.py
 	$(BIN)/python book/build.py
 
-test: check  ## check the export, execute the notebooks, run pytest
+browser:  ## install Chromium for the explorer's tests, where apt is there and may (without it they are skipped)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 \
+	  || echo "browser: apt could not install chromium and chromium-driver; the browser tests will be skipped" >&2; \
+	else echo "browser: install chromium and chromedriver (Debian: chromium, chromium-driver) to run the browser tests" >&2; fi
+
+test: check browser  ## check the export, execute the notebooks, run pytest
 	$(BIN)/python book/execute.py
 	EDM_NB_EXECUTED=_build/executed $(BIN)/python -m pytest -q --durations=10 -m 'not slow and not gpu'
 

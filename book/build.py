@@ -135,7 +135,7 @@ def contents(titles, extra):
         rows = [f"{page[:2]} · {titles[page]} <{page}>" if re.match(r"\d\d_", page) else page for page in pages]
         return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(rows) + "\n```"
     pages = [page for page in titles if page != "index"]
-    groups = {"At a glance": [p for p in pages if not re.match(r"\d\d_", p)], "The story": [p for p in pages if "00" <= p[:2] < "10"],
+    groups = {"At a glance": [*(p for p in pages if not re.match(r"\d\d_", p)), "explorer"], "The story": [p for p in pages if "00" <= p[:2] < "10"],
               "The workshop": [p for p in pages if "10" <= p[:2] < "99"], "Reference": extra}
     return nbformat.v4.new_markdown_cell("\n\n".join(toctree(caption, found) for caption, found in groups.items() if found))
 
@@ -169,6 +169,7 @@ def main():
         if path.name == "index.ipynb":
             notebook.cells.append(contents(titles, extra))
         nbformat.write(notebook, SOURCES / path.name)
+    shutil.copy(ROOT / "book/explorer.md", SOURCES)
     if (ROOT / "results").is_dir():     # pictures that pages refer to as ../results/...
         shutil.copytree(ROOT / "results", SOURCES.parent / "results", dirs_exist_ok=True)
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html",

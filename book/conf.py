@@ -47,3 +47,14 @@ html_theme_options = {
     "use_download_button": True, "repository_url": repository, "repository_branch": settings["DEFAULT"]["branch"],
     "path_to_docs": "nbs", "use_repository_button": True, "launch_buttons": {"colab_url": "https://colab.research.google.com"},
 }
+
+
+def add_explorer(app, pagename, templatename, context, doctree):
+    "The explorer's script, on the pages that have a place for it."
+    if "edm-explorer" in context.get("body", ""):
+        app.add_js_file("explorer/explorer.js", loading_method="defer")
+
+
+def setup(app):
+    "Sphinx calls this."
+    app.connect("html-page-context", add_explorer)
