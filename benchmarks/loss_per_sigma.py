@@ -15,8 +15,10 @@ import torch
 from record import RESULTS, hardware, now, versions, write_json
 
 from edm_nb import checkpoints
+from edm_nb.configs import config_from
 from edm_nb.data import digits
-from edm_nb.training import build_denoiser, config_from, ema_denoiser, loss_per_sigma, train
+from edm_nb.runs import train
+from edm_nb.training import build_denoiser, ema_denoiser, loss_per_sigma
 
 
 def measured(denoise, data, levels, n, seeds):

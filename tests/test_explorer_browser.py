@@ -117,7 +117,7 @@ def test_a_finger_drags_the_picture(open_page):
     touch("touchEnd")
     reader.settle()
     inner = (w * 0.5 - 46) / (w - 46 - 18)                     # the margins of the plot
-    assert reader.state["x"] == pytest.approx(-2.6 + 5.2 * inner, abs=0.15)
+    assert reader.state["x"] == pytest.approx(-3.6 + 7.2 * inner, abs=0.15)
 
 
 def test_trajectories_are_those_of_the_package(open_page):
@@ -220,10 +220,10 @@ def test_the_address_holds_the_setting(open_page):
     from selenium.webdriver.support.ui import WebDriverWait
     WebDriverWait(reader.driver, 5).until(lambda d: "churn.S_churn=80" in d.current_url)
     Reader(reader.driver, "denoiser").move("x", 0)
-    WebDriverWait(reader.driver, 5).until(lambda d: "denoiser.x=-2.5" in d.current_url and "churn.S_churn=80" in d.current_url)
+    WebDriverWait(reader.driver, 5).until(lambda d: "denoiser.x=-3" in d.current_url and "churn.S_churn=80" in d.current_url)
     fragment = "#" + reader.driver.current_url.split("#")[1]
     again = open_page("churn", "denoiser", fragment=fragment)
-    assert again.state["S_churn"] == 80 and Reader(again.driver, "denoiser").state["x"] == -2.5
+    assert again.state["S_churn"] == 80 and Reader(again.driver, "denoiser").state["x"] == -3
     again.press(".tools button:last-child")                     # Reset
     WebDriverWait(reader.driver, 5).until(lambda d: "churn" not in d.current_url)
     assert again.state["S_churn"] == 20 and "denoiser.x" in again.driver.current_url

@@ -170,7 +170,7 @@ export function mount(root, definition) {
       element("button", { type: "button", "data-try": k + 1, onclick: () => set({ ...defaults, ...experiment.set }) }, "Set this up")))));
   frame.append(
     element("div", { class: "head" }, element("div", { class: "title", role: "heading", "aria-level": 3 }, definition.title),
-      element("p", { class: "lead", html: definition.lead }),
+      element("p", { class: "intro", html: definition.lead }),
       element("div", { class: "tools" }, copy, element("button", { type: "button", onclick: () => set(defaults) }, "Reset"))),
     element("div", { class: "body" }, stage.plots, element("div", { class: "side" },
       element("div", { class: "controls" }, ...Object.values(controls).map(c => c.node)), definition.below ? null : experiments), definition.below ? experiments : ""));

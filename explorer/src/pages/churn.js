@@ -101,7 +101,7 @@ export const churn = {
     plots.append(element("div", { class: "scroll late" }, element("table", {},
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "at the end (truth)"), ...columns.map(([, name]) => element("th", { scope: "col", html: name })))),
       element("tbody", {}, ...rows.map(([row, name]) => element("tr", {}, element("th", { scope: "row" }, name), ...columns.map(([column]) => cell(row, column))))))));
-    plots.append(element("p", { class: "note late" }, "All are measured at the end, and 500 points are few: exact draws (mean of 12 sets) show the floor. Widths and shifts are in units of the blob's own width. Distance: sliced Wasserstein-2 to the exact density, in data units."));
+    plots.append(element("p", { class: "aside late" }, "All are measured at the end, and 500 points are few: exact draws (mean of 12 sets) show the floor. Widths and shifts are in units of the blob's own width. Distance: sliced Wasserstein-2 to the exact density, in data units."));
 
     let distance = null, plain = null, paths = null, owners = null, run = null, floor = null;
     const points = new Float64Array(2 * PARTICLES), frames = { drawn: 0, ms: [] };

@@ -5,7 +5,7 @@ import { area, line } from "d3-shape";
 
 const MIX = mixture([[-1], [0], [1.2]], [0.05, 0.05, 0.08], [0.3, 0.2, 0.5]);     // chapter 00's toy density
 const NAMES = ["left", "middle", "right"], SHADES = ["one", "two", "three"];
-const REACH = 2.6, FINE = Array.from({ length: 801 }, (_, i) => -REACH + 2 * REACH * i / 800);
+const REACH = 3.6, FINE = Array.from({ length: 801 }, (_, i) => -REACH + 2 * REACH * i / 800);
 
 export const denoiser = {
   id: "denoiser",
@@ -14,7 +14,7 @@ export const denoiser = {
     + "denoiser answers with the mean of everything that x could have been, <b>D</b>. Drag the picture, or use the sliders.",
   fields: {
     sigma: range("noise level <i>σ</i>", 1.4, 0.02, 10, { log: true }),
-    x: range("noisy point <i>x</i>", 2.2, -2.5, 2.5, { format: value => fixed(value) }),
+    x: range("noisy point <i>x</i>", 2.2, -3, 3, { format: value => fixed(value) }),
   },
   tries: [
     { text: "<b>Far away from the data everything looks alike.</b> At σ = 8 the weights are those of the bumps, and D is near the data's mean, 0.3, wherever x is.",
@@ -35,7 +35,7 @@ export const denoiser = {
     const bars = plot(plots, { label: "Posterior weight of each bump", height: 112 });
     plots.append(reading);
     let frame = null;
-    for (const { svg } of [top, low]) draggable(svg.node(), px => { if (frame) set("x", +Math.max(-2.5, Math.min(2.5, frame.x.invert(px))).toFixed(2)); });
+    for (const { svg } of [top, low]) draggable(svg.node(), px => { if (frame) set("x", +Math.max(-3, Math.min(3, frame.x.invert(px))).toFixed(2)); });
 
     return ({ sigma, x }) => {
       const D = denoise(MIX, Float64Array.of(x), sigma)[0], w = posterior(MIX, [x], sigma), here = Math.exp(logProb(MIX, [x], sigma));

@@ -34,7 +34,7 @@ export const training = {
     const top = plot(plots, { label: "Measured loss against noise level, with the density of training noise", height: 330 });
     const low = plot(plots, { label: "How much each level's loss will still fall, and how often it is visited", height: 190 });
     plots.append(element("div", { class: "reads" }, read("edm", "useful visits: EDM"), read("vp", "VP"), read("ve", "VE"), read("best", "EDM over VE")));
-    plots.append(element("p", { class: "note" }, "Useful visits: the mean over training of (what is left to gain at the visited level) / (the most that is left at any level). 100 % would be to look only at the best level."));
+    plots.append(element("p", { class: "aside" }, "Useful visits: the mean over training of (what is left to gain at the visited level) / (the most that is left at any level). 100 % would be to look only at the best level."));
     const densities = ({ P_mean, P_std }) => ({ edm: s => numerics.lognormalDensity(s, P_mean, P_std), vp: s => numerics.vpDensity(s), ve: s => numerics.veDensity(s) });
 
     return state => {
