@@ -209,6 +209,11 @@ def main():
             record["depends"] = None if again else record["depends"]
     kept = {name: record for name, record in known.items() if name in here} | {record["notebook"]: record for record in records}
     write_atomically(report, json.dumps([kept[name] for name in sorted(kept)], indent=1))
+    if args.in_place:      # the index says how long a chapter runs
+        times = ROOT / "results/running_times.json"
+        known_times = json.loads(times.read_text()) if times.exists() else {}
+        known_times |= {record["notebook"]: record["seconds"] for record, again in results if again and not record["error"]}
+        write_atomically(times, json.dumps(known_times, indent=1, sort_keys=True) + "\n")
     print(f"{len(records)} notebooks, {sum(again for _, again in results)} executed: "
           f"{sum(r['seconds'] for r, again in results if again):.0f} s of kernels, {time.perf_counter() - started:.0f} s in all", flush=True)
     cells = sorted(((seconds, r["notebook"], line) for r in records for seconds, line in r["slowest"]), reverse=True)[:SLOWEST]
