@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['subset_distances', 'Extrapolation', 'extrapolate', 'kernel_sums', 'KID', 'kid', 'distances', 'radii', 'covered',
            'PrecisionRecall', 'precision_recall', 'nearest_neighbours', 'neighbour_sheet', 'Protocol', 'differing',
-           'Score', 'compare', 'seed_ranges', 'describe_seeds', 'seed_batches', 'sampling_cost', 'measure',
-           'reference_stats', 'image_distance']
+           'Score', 'compare', 'seed_ranges', 'describe_seeds', 'sampling_cost', 'measure', 'reference_stats',
+           'image_distance']
 
 # %% ../nbs/13_metrics.ipynb #6015809b
 import hashlib, json, math, os, time, warnings
@@ -244,8 +244,10 @@ def seed_ranges(n:int,             # images per repetition
                 repeats:int=3,     # repetitions
                 first_seed:int=0,  # start of the first range
                ) -> list[range]:
-    "Disjoint consecutive ranges of seeds. ValueError for n < 2."
+    "Disjoint consecutive ranges of seeds. ValueError for n < 2, and where they would end beyond 2^32."
     if n < 2 or repeats < 1: raise ValueError(f"need n ≥ 2 images and repeats ≥ 1, got {n} and {repeats}")
+    if first_seed < 0 or first_seed + n*repeats > 2**32:
+        raise ValueError(f"{repeats} × {n:,} images from seed {first_seed:,} on need seeds outside [0, 2^32)")
     return [range(first_seed + i*n, first_seed + (i + 1)*n) for i in range(repeats)]
 
 # %% ../nbs/13_metrics.ipynb #2320cfdc
@@ -254,44 +256,36 @@ def describe_seeds(ranges:list,   # ranges of seeds
     "Seed ranges as a protocol writes them."
     return ", ".join(f"{r.start}-{r.stop - 1}" for r in ranges)
 
-# %% ../nbs/13_metrics.ipynb #75889378
-def seed_batches(seeds:range,        # seeds of one repetition
-                 batch_size:int=256, # images per batch
-                 rank:int=0,         # this process
-                 world_size:int=1,   # number of processes
-                ) -> list[Tensor]:   # int64 seeds `[≤ batch_size]` each
-    "This process's share of the seeds; over all processes every seed comes once."
-    mine = torch.tensor(seeds[rank::world_size], dtype=torch.int64)
-    return list(mine.split(batch_size)) if len(mine) else []
-
 # %% ../nbs/13_metrics.ipynb #a0bfb77c
-def sampling_cost(n:int,             # images per repetition
-                  nfe:int,           # evaluations per image
-                  repeats:int=3,     # repetitions
-                  sample:Callable|None=None,  # `sample(seeds) -> uint8 images`; timed on one batch when given
+def sampling_cost(n:int,               # images per repetition
+                  nfe:int,             # evaluations per image
+                  repeats:int=3,       # repetitions
+                  draw:Callable|None=None,  # as for `measure`; timed on one batch when given
                   batch_size:int=256,  # images per batch
-                 ) -> dict:          # images, evaluations, and seconds (None without `sample`)
-    "What a measurement will cost, all processes together in evaluations, this number of processes in seconds."
+                 ) -> dict:            # images, evaluations, and seconds (None without `draw`)
+    """What a measurement will cost.
+    Evaluations are those of all processes together, seconds those of this number of processes."""
     seconds = None
-    if sample is not None:
+    if draw is not None:
         size = min(batch_size, n)
         start = time.perf_counter()
-        sample(torch.arange(size))
+        for _ in draw(range(size), rank=0, world=1): pass
         seconds = (time.perf_counter() - start)/size*n*repeats/world()[1]
     return dict(images=n*repeats, evaluations=n*repeats*nfe, seconds=seconds)
 
 # %% ../nbs/13_metrics.ipynb #6b05c980
-def measure(sample:Callable,         # `sample(seeds)`: int64 `[B]` to uint8 images `[B, C, H, W]`, one image per seed
+def measure(draw:Callable,           # `draw(seeds, rank=, world=)` yields (seeds, uint8 images, labels)
             reference:FeatureStats,  # statistics to compare with
             features,                # the feature network that made them
             n:int=50_000,            # images per repetition
             repeats:int=3,           # seed ranges
             first_seed:int=0,        # first seed of the first range
-            batch_size:int=256,      # images per batch and process
             reference_name:str="",   # data set of the reference
             **about,                 # further entries of the protocol: sampler, nfe, ema, dtype, split, ...
            ) -> Iterator:            # dicts of progress (`done`, `total`, `seconds`), last of all a `Score`
-    "Fréchet distance of a sampler over several ranges of seeds, as the paper reports it; a generator."
+    """Fréchet distance of a sampler over several ranges of seeds, as the paper reports it; a generator.
+    `draw` is `generate` with all but the seeds filled in, or what behaves like it: every process asks it for its share.
+    ValueError for a reference of another feature network."""
     if (reference.name or features.name, reference.hash or features.hash) != (features.name, features.hash):
         raise ValueError(f"the reference {reference} was not made with {features.name}; make its statistics with the same network")
     ranges, values, start, (rank, size) = seed_ranges(n, repeats, first_seed), [], time.perf_counter(), world()
@@ -299,9 +293,9 @@ def measure(sample:Callable,         # `sample(seeds)`: int64 `[B]` to uint8 ima
     done = 0
     for seeds in ranges:
         stats = FeatureStats(features.dim, features.name, features.hash)
-        for batch in seed_batches(seeds, batch_size, rank, size):
-            stats.update(features(sample(batch)).cpu())
-            done += len(batch)*size
+        for part, images, _ in draw(seeds, rank=rank, world=size):
+            stats.update(features(images).cpu())
+            done += len(part)*size
             yield dict(done=min(done, n*repeats), total=n*repeats, seconds=time.perf_counter() - start)
         values.append(stats_distance(gather_stats(stats), reference))
     evaluations = None if protocol.nfe is None else n*repeats*protocol.nfe

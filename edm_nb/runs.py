@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FREE', 'choose', 'load_data', 'shrink', 'to_device', 'check_data', 'check_scale', 'Team', 'pick_device',
            'told_by_torchrun', 'join_team', 'gather', 'on_first', 'agree', 'wrap', 'FolderBusy', 'lock_folder',
-           'clear_run', 'data_facts', 'state_tensors', 'restore_tensors', 'save_model', 'model_is_current', 'model_at',
+           'clear_run', 'data_facts', 'state_tensors', 'restore_tensors', 'save_model', 'model_is_current',
            'keep_model', 'save_run', 'restore_run', 'Progress', 'TrainingDiverged', 'Meter', 'deferred_interrupt',
-           'due', 'run_loop', 'open_run', 'train', 'RunLog', 'write_text', 'image_shape', 'sample_grid', 'fit']
+           'due', 'run_loop', 'open_run', 'train', 'RunLog', 'write_text', 'sample_grid', 'fit']
 
 # %% ../nbs/25_runs.ipynb #ef77e797
 import contextlib
@@ -33,7 +33,7 @@ from typing import NamedTuple
 from . import checkpoints
 from .configs import config_json, TrainConfig
 from .data import cifar10, digits, ImageSet, load_images
-from .ode_solvers import edm_sigmas, sample_ode
+from .generation import generate, model_at, Sampling
 from .preconditioning import estimate_sigma_data, Preconditioned, warn_sigma_data
 from .randomness import IndexStream, stream_seed
 from .training import ema_denoiser, make_batch, new_state, train_step, TrainState
@@ -256,10 +256,6 @@ def model_is_current(state:TrainState,   # of a run
     except checkpoints.CheckpointError: return False
 
 # %% ../nbs/25_runs.ipynb #7f482e93
-def model_at(folder:Path, images:int) -> Path:   # where `keep_every` puts the model of that moment
-    "The file of an averaged model that stays."
-    return folder/f"model-{images:09d}.safetensors"
-
 def keep_model(state:TrainState, folder:Path) -> Path:   # the file
     "Write the averaged denoiser to a file of its own, from which one can sample and measure later."
     try: return save_model(state, model_at(folder, state.images))
@@ -500,24 +496,18 @@ def write_text(path:Path, text:str) -> Path:   # the path
     return path
 
 # %% ../nbs/25_runs.ipynb #f4d0cc49
-def image_shape(denoiser:Preconditioned) -> tuple[int, int, int]:   # C, H, W
-    "The shape of one image of this denoiser."
-    side = denoiser.net.resolution
-    return (denoiser.net.channels, *(side if isinstance(side, (tuple, list)) else (side, side)))
-
 def sample_grid(denoiser:Preconditioned,   # in eval mode
                 rows:int=10,               # images per class, or per row
                 steps:int=18,              # Heun steps
-                seed:int=0,                # of the noise
-                labels:Tensor|None=None,   # label vectors `[N, label_dim]`, repeated as needed; None: the classes in turn
+                seed:int=0,                # of the sheet: its images take the seeds from 10 × rows × seed on
+                labels:Tensor|None=None,   # label vectors `[N, label_dim]`, taken in turn; None: the classes
                ) -> Tensor:                # `[rows × 10, C, H, W]`, one class per column where there are classes
     "A sheet of samples with the deterministic sampler."
-    net, device, n = denoiser.net, next(denoiser.parameters()).device, rows*10
-    noise = torch.randn(n, *image_shape(denoiser), generator=torch.Generator().manual_seed(seed)).to(device)
-    if labels is None and net.label_dim: labels = torch.eye(net.label_dim)[torch.arange(10).repeat(rows) % net.label_dim]
-    cond = dict(class_labels=labels[torch.arange(n) % len(labels)].float().to(device)) if net.label_dim else {}
-    low, high = max(0.002, denoiser.sigma_min), min(80.0, denoiser.sigma_max)
-    with torch.no_grad(): return sample_ode(denoiser, noise, edm_sigmas(steps, low, high), **cond).float()
+    n, label_dim = rows*10, denoiser.net.label_dim
+    given = {} if not label_dim else {"vectors": labels.float().cpu()} if labels is not None else {
+        "classes": [column % label_dim for column in range(10)]}
+    drawn = generate(denoiser, range(seed*n, (seed + 1)*n), Sampling(steps), as_bytes=False, **given)
+    return torch.cat([images for _, images, _ in drawn])
 
 # %% ../nbs/25_runs.ipynb #12f9949f
 def fit(config:TrainConfig,      # what to train

@@ -14,7 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from edm_nb import checkpoints, cli
-from edm_nb import generation
 from edm_nb.data import digits, load_images, write_zip
 from edm_nb.features import feature_stats, pixels
 from edm_nb.frechet import frechet_distance
@@ -105,7 +104,7 @@ def test_classes_change_the_image(model, tmp_path):
     (["sample", "MODEL", "--out", "x.jpg"], ".png, .npz, .zip"),
     (["sample", "MODEL", "--out", "x.png", "--seeds", "0-1000000000000"], "more than 10,000,000"),
     (["sample", "MODEL", "--out", "x.png", "--classes", ""], "--classes ''"),
-    (["sample", "MODEL", "--out", "x.png", "--sigma-min", "-1"], "--sigma-min -1"),
+    (["sample", "MODEL", "--out", "x.png", "--sigma-min", "-1"], "sigma_min is -1"),
     (["sample", "MODEL", "--out", "x.png", "--at", "7"], "no model at 7 images; kept were: none"),
     (["sample", "MODEL", "--out", "x.png", "--labels", "nowhere.npy"], "nowhere.npy"),
     (["stats", "digits", "--out", "x.json"], ".npz"),
@@ -364,5 +363,5 @@ def test_rectangles_by_command(tmp_path):
 def test_distances_of_float_pictures_are_measured_with_a_warning():
     for channels in (1, 3):
         with pytest.warns(UserWarning, match="become bytes"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
-    with pytest.raises(generation.UsageError, match="float data of 4 channels"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
+    with pytest.raises(cli.UsageError, match="float data of 4 channels"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
     cli.check_bytes({}, "run")

@@ -301,16 +301,24 @@ def test_distance_of_statistics_warns_and_refuses():
     with pytest.raises(ValueError, match="different feature networks"): features.stats_distance(b, frechet.FeatureStats(8, "x", "2").update(randn(50, 8)))
 
 
+def drawn(batch):
+    "Random pictures by seed, in the way of `generate`: this process's share, a batch at a time."
+    def draw(seeds, rank=0, world=1):
+        mine = list(seeds)[rank::world]
+        for part in (mine[i:i + batch] for i in range(0, len(mine), batch)):
+            yield part, torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in part]).byte(), None
+    return draw
+
+
 def _process(rank, world, folder):
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     part = frechet.FeatureStats(4, "x", "1").update(randn(101, 4)[rank::world])
     total = frechet.gather_stats(part)
     assert part.n == len(range(rank, 101, world))
-    sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
     net = features.pixels((1, 2, 2))
     reference = frechet.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash)
-    *_, score = M.measure(sample, reference, net, n=21, repeats=2, batch_size=4)
+    *_, score = M.measure(drawn(4), reference, net, n=21, repeats=2)
     torch.save(dict(mean=total.mean, cov=total.cov, n=total.n, values=score.values), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -320,9 +328,8 @@ def test_two_processes_agree_with_one(tmp_path):
     a, b = (torch.load(tmp_path/f"{r}.pt", weights_only=True) for r in range(2))
     assert torch.equal(a["cov"], b["cov"]) and a["n"] == 101 and a["values"] == b["values"]
     torch.testing.assert_close(a["cov"], torch.cov(randn(101, 4).T), rtol=1e-12, atol=1e-12)
-    sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
     net = features.pixels((1, 2, 2))
-    *_, score = M.measure(sample, frechet.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash), net, n=21, repeats=2, batch_size=5)
+    *_, score = M.measure(drawn(5), frechet.moments_stats(torch.zeros(4), torch.eye(4), 100, net.name, net.hash), net, n=21, repeats=2)
     assert a["values"] == pytest.approx(score.values, rel=1e-12)
 
 
@@ -574,28 +581,27 @@ def test_records_survive_json():
     with pytest.raises(ValueError, match="not a protocol record"): M.Protocol.from_json('{"colour": 1}')
 
 
-def test_seeds_are_split_without_loss():
+def test_seed_ranges_follow_each_other():
     assert M.seed_ranges(10, 3, 5) == [range(5, 15), range(15, 25), range(25, 35)] and M.describe_seeds(M.seed_ranges(10, 2)) == "0-9, 10-19"
-    for world in (1, 2, 3, 7):
-        seeds = torch.cat([b for r in range(world) for b in M.seed_batches(range(5, 15), 3, r, world)])
-        assert sorted(seeds.tolist()) == list(range(5, 15))
     with pytest.raises(ValueError): M.seed_ranges(1)
+    for too_many in (dict(n=50_000, first_seed=2**32 - 7), dict(n=2, repeats=10**10), dict(n=10, first_seed=-1)):
+        with pytest.raises(ValueError, match="seeds outside"): M.seed_ranges(**too_many)
 
 
 def test_measure_reports_progress_and_a_score():
     net = features.pixels((1, 2, 2))
-    sample = lambda seeds: torch.stack([torch.randint(256, (1, 2, 2), generator=gen(int(s))) for s in seeds]).byte()
-    reference = features.feature_stats(sample(torch.arange(100, 200)), net)
-    events = {b: list(M.measure(sample, reference, net, n=20, repeats=3, batch_size=b, reference_name="noise", nfe=4)) for b in (3, 20)}
+    sample = lambda seeds: next(drawn(1000)(seeds))[1]
+    reference = features.feature_stats(sample(range(100, 200)), net)
+    events = {b: list(M.measure(drawn(b), reference, net, n=20, repeats=3, reference_name="noise", nfe=4)) for b in (3, 20)}
     score = events[3][-1]
     assert [e["done"] for e in events[20][:-1]] == [20, 40, 60] and len(score.values) == 3 and score.evaluations == 240
     assert score.protocol.seeds == "0-19, 20-39, 40-59" and score.protocol.reference_n == 100
     assert events[20][-1].values == pytest.approx(score.values, rel=1e-10)
-    exact = [features.stats_distance(features.feature_stats(sample(torch.tensor(list(r))), net), reference) for r in M.seed_ranges(20, 3)]
+    exact = [features.stats_distance(features.feature_stats(sample(r), net), reference) for r in M.seed_ranges(20, 3)]
     assert score.values == pytest.approx(exact, rel=1e-10)
-    cost = M.sampling_cost(1000, 35, 3, sample, 10)
+    cost = M.sampling_cost(1000, 35, 3, drawn(10), 10)
     assert cost["evaluations"] == 105_000 and cost["seconds"] > 0
-    with pytest.raises(ValueError, match="was not made with"): next(M.measure(sample, frechet.moments_stats(torch.zeros(4), torch.eye(4), 9, "other", "1"), net))
+    with pytest.raises(ValueError, match="was not made with"): next(M.measure(drawn(3), frechet.moments_stats(torch.zeros(4), torch.eye(4), 9, "other", "1"), net))
 
 
 def test_references_from_images_and_files(tmp_path):

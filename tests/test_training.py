@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from edm_nb import training as T
-from edm_nb import configs, runs
+from edm_nb import configs, generation, runs
 from edm_nb.data import digits, ImageSet
 from edm_nb.randomness import IndexStream
 from edm_nb.framework import GaussianDenoiser
@@ -334,11 +334,11 @@ def rectangles(n=64):
 def test_rectangles_train_and_sample_as_rectangles(tmp_path):
     config = dataclasses.replace(TOY, images=128, log_every=64, grid_every=128)
     model = runs.fit(config, data=rectangles(), folder=tmp_path, device="cpu")
-    assert model.net.resolution == [8, 16] and runs.image_shape(model) == (1, 8, 16)
+    assert model.net.resolution == [8, 16] and generation.image_shape(model) == (1, 8, 16)
     assert runs.sample_grid(model, rows=1, steps=2).shape == (10, 1, 8, 16)
     assert (tmp_path/"samples"/"000000128.png").exists()
     from edm_nb import checkpoints
-    assert runs.image_shape(checkpoints.load(tmp_path)) == (1, 8, 16)
+    assert generation.image_shape(checkpoints.load(tmp_path)) == (1, 8, 16)
 
 
 def test_a_network_that_does_not_fit_the_data_is_refused():

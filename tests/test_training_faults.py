@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edm_nb import checkpoints
-from edm_nb import configs, runs
+from edm_nb import configs, generation, runs
 from edm_nb import training as T
 from edm_nb.data import digits
 
@@ -112,7 +112,7 @@ def test_kept_models_stay(tmp_path):
     for record in runs.train(dataclasses.replace(TOY, images=320, keep_every=128, save_every=64), tmp_path, device="cpu"):
         if record.images == 128: average = {k: v.clone() for k, v in record.state.ema.averages.items()}
     assert [p.name for p in sorted(tmp_path.glob("model-*.safetensors"))] == [f"model-{n:09d}.safetensors" for n in (128, 256, 320)]
-    kept = checkpoints.load(runs.model_at(tmp_path, 128))
+    kept = checkpoints.load(generation.model_at(tmp_path, 128))
     assert all(torch.equal(p, average[k]) for k, p in kept.named_parameters())
 
 
