@@ -386,7 +386,7 @@ def run_loop(state:TrainState,          # is advanced
     while state.images < config.images:
         record, before = None, state.images
         with deferred_interrupt() as pressed, torch.random.fork_rng([team.device] if team.device.type == "cuda" else []):
-            torch.manual_seed(stream_seed(config.seed, "dropout", state.images, team.rank))
+            torch.manual_seed(stream_seed(config.seed, "dropout", state.images + team.rank))
             batch = make_batch(config, data, order, state.images, team.device, team.rank, team.world)
             meter.add(*train_step(forward, state, batch, team.world))
             if due(before, state.images, config.log_every, config.images):

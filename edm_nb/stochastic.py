@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_GAMMA', 'BEST_CHURN', 'sde_coefficients', 'denoised_apart', 'sde_loop', 'sde_states', 'sample_sde', 'collect',
-           'song_beta', 'Churn', 'churn_gammas', 'churn_target', 'add_churn', 'churn_loop', 'sample_states', 'sample',
-           'heun_in_place', 'langevin_loop', 'pick', 'langevin_states', 'langevin']
+           'song_beta', 'Churn', 'churn_gammas', 'round_levels', 'churn_target', 'add_churn', 'churn_loop',
+           'sample_states', 'sample', 'heun_in_place', 'langevin_loop', 'pick', 'langevin_states', 'langevin']
 
 # %% ../nbs/02_stochastic.ipynb #be39ce6b
 import itertools, math, numbers, warnings
@@ -161,15 +161,42 @@ BEST_CHURN = {   # found by grid search for the published networks, whose N matt
 }
 
 # %% ../nbs/02_stochastic.ipynb #324b5de9
+def round_levels(sigmas:Tensor,  # `[n+1]` noise levels, decreasing
+                 round_sigma:Callable|None=None,  # to the levels that a network knows
+                ) -> Tensor:     # decreasing, float64 on the CPU
+    """The steps of a sampler, moved to the levels that a network knows.
+
+    A final 0 stays 0. Levels that round to the same one become one step, with a warning.
+    Raises ValueError for levels that do not decrease, before rounding or after it.
+    """
+    levels = check_sigmas(sigmas)
+    if round_sigma is None: return levels
+    known = [float(round_sigma(level)) if level > 0 else 0.0 for level in levels]
+    kept = [level for level, before in zip(known, [math.inf, *known]) if level != before]
+    if len(kept) < 2:
+        raise ValueError(f"the levels {levels.tolist()} round to {kept}: no step is left")
+    if len(kept) < len(levels):
+        warnings.warn(f"{len(levels)} noise levels round to {len(kept)} that the network "
+                      f"knows: {len(kept) - 1} steps are taken, not {len(levels) - 1}")
+    return check_sigmas(torch.tensor(kept, dtype=torch.float64))
+
 def churn_target(flow:Flow,     # for sigma(t) and its inverse
                  t:float,       # time now
                  gamma:float,   # relative growth of sigma
                  round_sigma:Callable|None=None,  # to the levels a network knows
-                ) -> tuple[float, float]:  # t_hat in units of time, sigma_hat in units of the data
-    "Where the churn leads: σ̂ = (1 + γ) σ, rounded if asked, never below σ (Algorithm 2)."
+                ) -> tuple[float, float]:  # t_hat in units of time, sigma_hat of the data
+    """Where the churn leads: σ̂ = (1 + γ) σ, rounded if asked (Algorithm 2).
+
+    γ = 0 leads nowhere, whatever is rounded, and neither does a σ̂ that rounds back to σ
+    or below. Raises ValueError for a γ that is negative or not finite.
+    """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be finite and not negative, got {gamma}")
     sigma = flow.at(t)[0]
+    if gamma == 0: return t, sigma
     sigma_hat = torch.tensor(sigma*(1 + gamma), dtype=torch.float64)
-    if round_sigma is not None: sigma_hat = torch.as_tensor(round_sigma(sigma_hat), dtype=torch.float64).cpu()
+    if round_sigma is not None: sigma_hat = round_sigma(sigma_hat)
+    sigma_hat = torch.as_tensor(sigma_hat, dtype=torch.float64, device="cpu")
     if not sigma_hat > sigma: return t, sigma
     return float(flow.schedule.sigma_inv(sigma_hat)), float(sigma_hat)
 
@@ -218,9 +245,9 @@ def sample_states(denoise:Callable,             # D(x; sigma, **cond)
                   dtype:torch.dtype|None=None,  # of the state; float64 where the device has it
                   round_sigma:Callable|None=None,  # to the levels a network knows
                   **cond,                       # for the denoiser
-                 ) -> Iterator[Tensor]:         # n+1 states x(t), aligned with `sigmas`
+                 ) -> Iterator[Tensor]:         # states x(t) at `round_levels(sigmas, round_sigma)`
     "Algorithm 2 as a generator: plots, progress bars and logs stay outside. ValueError for bad input."
-    levels, x = check_sigmas(sigmas), check_state(noise, dtype)
+    levels, x = round_levels(sigmas, round_sigma), check_state(noise, dtype)
     flow = Flow(denoise, schedule, **cond)
     times = flow.prepare(levels)
     sigma, _, s, _ = flow.at(times[0])
@@ -240,7 +267,7 @@ def sample(denoise:Callable,             # D(x; sigma, **cond)
            **cond,                       # for the denoiser
           ) -> Tensor:                   # samples at sigmas[-1], `[B, ...]`
     "Stochastic sampling (Algorithm 2). ValueError for bad input, and for NaN, naming step and sigma."
-    levels, sums = check_sigmas(sigmas), []
+    levels, sums = round_levels(sigmas, round_sigma), []
     for x in sample_states(denoise, noise, levels, churn, randn_like, schedule, solver, dtype, round_sigma, **cond):
         sums.append(x.sum())
     return remove_scale(require_finite(x, sums[1:], levels), levels[-1], schedule)

@@ -78,6 +78,8 @@ MUTATIONS = [
     Mutation("S_tmin", "stochastic", "if churn.S_tmin <= sigma <= churn.S_tmax", "if sigma <= churn.S_tmax", "churn"),
     Mutation("S_tmax", "stochastic", "if churn.S_tmin <= sigma <= churn.S_tmax", "if churn.S_tmin <= sigma", "churn"),
     Mutation("t_hat", "stochastic", "torch.tensor(sigma*(1 + gamma)", "torch.tensor(sigma*(1 + 2*gamma)", "churn"),
+    Mutation("gamma = 0 when rounding", "stochastic", "if gamma == 0: return t, sigma", "if gamma < 0: return t, sigma", "churn"),
+    Mutation("steps rounded first", "stochastic", "if round_sigma is None: return levels", "return levels", "churn"),
     Mutation("added variance", "stochastic", "math.sqrt(sigma_hat**2 - sigma**2)", "(sigma_hat - sigma)", "churn"),
     Mutation("S_noise", "stochastic", "s_hat*S_noise*math.sqrt", "s_hat*math.sqrt", "churn"),
     Mutation("D at the old sigma", "stochastic", "solver(flow, x_hat, t_hat, t_next, history)", "solver(flow, x_hat, t, t_next, history)", "churn"),

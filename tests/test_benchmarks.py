@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name != "record.py")
+SCRIPTS = sorted(path for folder in ("benchmarks", "studies") for path in (ROOT / folder).glob("*.py") if path.name != "record.py")
 
 
 @pytest.fixture(scope="module")

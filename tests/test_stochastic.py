@@ -11,13 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edm_nb.framework import LINEAR, VE, GaussianDenoiser, MixtureDenoiser, ode_derivative, score, vp_schedule
-from edm_nb.ode_solvers import Flow, edm_sigmas, euler, heun, iddpm_levels, iddpm_sigmas, multistep, rk2, sample_ode
+from edm_nb.ode_solvers import Flow, edm_sigmas, euler, heun, iddpm_sigmas, multistep, rk2, sample_ode
 from edm_nb.stochastic import (
     add_churn, BEST_CHURN, Churn, churn_gammas, collect, langevin, langevin_states,
-    MAX_GAMMA, sample, sample_sde, sample_states, sde_coefficients, sde_states,
-    song_beta
+    MAX_GAMMA, round_levels, sample, sample_sde, sample_states, sde_coefficients,
+    sde_states, song_beta
 )
-from edm_nb.randomness import SeededNoise
+from edm_nb.randomness import check_seeds, fill_noise, IndexStream, SeededNoise, stream_seed
 
 SCHEDULES = {"linear": LINEAR, "ve": VE, "vp": vp_schedule()}
 SOLVERS = {"euler": euler, "heun": heun, "midpoint": rk2(0.5), "multistep": multistep(3)}
@@ -187,15 +187,83 @@ def test_multistep_forgets_slopes_from_before_the_noise():
                                sample(*args, SeededRows(0).randn_like, solver=euler), rtol=1e-12, atol=1e-12)
 
 
-def test_round_sigma_keeps_an_iddpm_network_on_its_levels():
-    levels, seen = iddpm_levels(), []
-    nearest = lambda sigma: levels[(levels - sigma).abs().argmin()]
-    sample(recording(gaussian(), seen), normal(4, 3), iddpm_sigmas(18), Churn(4), SeededRows(0).randn_like, round_sigma=nearest)
-    assert max(float((levels - s).abs().min()/s) for _, s, _ in seen) < 1e-9
+# ---------------------------------------------------------------- a network that knows certain levels only
+
+def plain_levels(M=1000, C_1=0.001, C_2=0.008):
+    "iDDPM's u_0 > ... > u_M = 0 by the published recursion, with `math` only."
+    alpha_bar = [math.sin(math.pi/2 * j/(M*(C_2 + 1)))**2 for j in range(M + 1)]
+    u = [0.0]*(M + 1)
+    for j in range(M, 0, -1): u[j-1] = math.sqrt((u[j]**2 + 1) / max(alpha_bar[j-1]/alpha_bar[j], C_1) - 1)
+    return u
+
+
+KNOWN = plain_levels()
+
+
+def nearest(sigma):
+    return torch.tensor(min(KNOWN, key=lambda u: abs(u - float(sigma))), dtype=torch.float64)
+
+
+def plain_algorithm_2_on_levels(D, x, sigmas, S_churn, S_noise, eps):
+    "Algorithm 2 for one number and a network that knows the levels KNOWN: steps are rounded first, then every raised level."
+    steps = [min(KNOWN, key=lambda u: abs(u - s)) if s > 0 else 0.0 for s in sigmas]
+    n, eps, x = len(steps) - 1, iter(eps), x * steps[0]
+    for t, t_next in itertools.pairwise(steps):
+        gamma = min(S_churn/n, math.sqrt(2) - 1)
+        t_hat = min(KNOWN, key=lambda u: abs(u - (t + gamma*t)))
+        if t_hat > t: x = x + math.sqrt(t_hat**2 - t**2) * S_noise * next(eps)
+        d = (x - D(x, t_hat)) / t_hat
+        x_next = x + (t_next - t_hat) * d
+        if t_next > 0: x_next = x + (t_next - t_hat) * (d + (x_next - D(x_next, t_next)) / t_next) / 2
+        x = x_next
+    return x
+
+
+@pytest.mark.parametrize("S_churn, S_noise", [(0.0, 1.0), (4.0, 1.0), (4.0, 1.2), (40.0, 1.0)])
+@pytest.mark.parametrize("levels", [edm_sigmas(18, 0.01, 60.0), edm_sigmas(6, 0.01), iddpm_sigmas(18)], ids=["edm18", "edm6", "u_j"])
+def test_algorithm_2_with_rounding_equals_the_loop_written_out_for_levels_that_are_not_u_j(levels, S_churn, S_noise):
+    eps, seen = normal(20, 1, 1, seed=4), []
+    used = iter(eps)
+    D = lambda x, s: (C**2*x + s**2*MU) / (C**2 + s**2)
+    got = sample(recording(gaussian(1), seen), normal(1, 1), levels, Churn(S_churn, S_noise=S_noise), lambda x: next(used), round_sigma=nearest)
+    expected = plain_algorithm_2_on_levels(D, normal(1, 1).item(), levels.tolist(), S_churn, S_noise, eps.flatten().tolist())
+    assert got.item() == pytest.approx(expected, rel=1e-11, abs=1e-12)
+    assert max(min(abs(s - u) for u in KNOWN)/s for _, s, _ in seen) < 1e-12      # the network is only asked at its levels
+
+
+@every_solver
+def test_gamma_0_draws_nothing_whatever_is_rounded(solver):
+    "Rounding a level up is no churn: the result is the ODE's on the rounded levels, bit for bit."
+    noise = normal(4, 3)
+    for levels in (edm_sigmas(18, 0.01, 60.0), edm_sigmas(6, 0.01), iddpm_sigmas(18)):
+        rounded = round_levels(levels, nearest)
+        expected = sample_ode(gaussian(), noise, rounded, solver=solver)
+        for churn in (Churn(), Churn(40, 1000, 2000), Churn(S_noise=1.1)):
+            assert torch.equal(sample(gaussian(), noise, levels, churn, forbidden, solver=solver, round_sigma=nearest), expected)
+    flow, x = Flow(gaussian()), normal(4, 3)
+    assert add_churn(flow, x, 2.0, 0.0, randn_like=forbidden, round_sigma=lambda s: s + 0.5) == (x, 2.0)
+
+
+def test_gamma_is_rounded_after_the_climb_and_added_variance_follows_it():
     flow = Flow(gaussian())
     x_hat, t_hat = add_churn(flow, torch.zeros(1, 3, dtype=torch.float64), 2.0, 0.1, randn_like=torch.ones_like, round_sigma=lambda s: s + 0.5)
     assert t_hat == pytest.approx(2.7) and x_hat[0, 0].item() == pytest.approx(math.sqrt(2.7**2 - 4))
     assert add_churn(flow, x_hat, 2.0, 0.1, randn_like=forbidden, round_sigma=lambda s: s - 1)[1] == 2.0   # never below sigma
+    for gamma in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="gamma"): add_churn(flow, x_hat, 2.0, gamma)
+
+
+def test_levels_that_round_to_the_same_one_are_one_step():
+    coarse = lambda sigma: torch.round(sigma)
+    levels = torch.tensor([3.4, 3.1, 2.6, 1.2, 0.2, 0.0])
+    with pytest.warns(UserWarning, match="6 noise levels round to 3 .* 2 steps are taken, not 5"):
+        assert round_levels(levels, coarse).tolist() == [3.0, 1.0, 0.0]
+    with pytest.warns(UserWarning): out = sample(gaussian(), normal(2, 3), levels, round_sigma=coarse)
+    assert torch.equal(out, sample_ode(gaussian(), normal(2, 3), torch.tensor([3.0, 1.0, 0.0])))
+    assert torch.equal(round_levels(levels), levels.double())
+    with pytest.raises(ValueError, match="no step is left"): round_levels(torch.tensor([0.3, 0.2, 0.0]), coarse)
+    with pytest.raises(ValueError, match="decrease"): round_levels(levels.flip(0), coarse)
+    with pytest.raises(ValueError, match="decrease"): round_levels(levels, lambda s: 10 - s)
 
 
 # ---------------------------------------------------------------- SDE family
@@ -413,6 +481,68 @@ def test_seeded_noise_is_the_same_in_every_precision():
     assert torch.equal(SeededNoise([5, 6]).fill_(torch.empty(2, 4, dtype=torch.float64)), double)
 
 
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("default", DTYPES, ids=str)
+def test_every_draw_is_the_same_under_another_default_dtype(default):
+    "The kind: a tensor made without a dtype follows the process."
+    def draws():
+        noise = SeededNoise([5, 6])
+        return [noise.randn((2, 4)), noise.randn_like(torch.zeros(2, 4, dtype=torch.float32)), noise.randint(9, (2, 3)),
+                fill_noise(torch.empty(2, 4, dtype=torch.float64), noise.randn_like),
+                IndexStream(50, seed=3).next(70)]
+    expected, before = draws(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try: found = draws()
+    finally: torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(expected, found, strict=True))
+
+
+def test_seeds_of_streams_that_differ_by_2_to_the_32_differ():
+    "The kind: a CPU generator looks at 32 bits only."
+    first = lambda seed: torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert first(5) == first(2**32 + 5)                                   # why this is tested at all
+    names = [(seed, "step", 64) for k in range(4) for seed in (5 + k*2**32, 5 + k*2**40, -5 - k*2**33)]
+    assert len({tuple(first(stream_seed(*name))) for name in set(names)}) == len(set(names))
+    assert len({tuple(IndexStream(100, seed=seed).next(100).tolist()) for seed in (5, 2**32 + 5, 2**56 + 5)}) == 3
+    assert all(0 <= stream_seed(*name) < 2**32 for name in names)
+    with pytest.raises(ValueError): SeededNoise([2**32 + 5])
+
+
+def test_counters_of_one_stream_never_share_a_seed():
+    "A hash of 32 bits would repeat itself about 18 times among the 390,625 updates of the paper's run."
+    assert len({stream_seed(0, "step", images) for images in range(0, 200_000_000, 512)}) == 390_625
+    edges = [0, 1, 2**31, 2**32 - 1]
+    assert len({stream_seed("a", k) for k in edges}) == 4
+    assert stream_seed("a") == stream_seed("a", 0) and stream_seed("a", 1) != stream_seed("b", 1)
+    for bad in (-1, 2**32):
+        with pytest.raises(ValueError, match="counter"): stream_seed(0, "step", bad)
+    with pytest.raises(ValueError, match="name"): stream_seed()
+
+
+def test_a_position_that_cannot_be_is_refused():
+    good = {"n": 10, "seed": 1, "position": 3}
+    for bad in ({**good, "position": -3}, {**good, "n": 11}, {**good, "position": 1.5}, {**good, "seed": "1"}, {"n": 10}, [], None):
+        with pytest.raises(ValueError): IndexStream(10).load_state(bad)
+    stream = IndexStream(10).load_state(good)
+    for count in (-1, -10):
+        with pytest.raises(ValueError, match="count"): stream.next(count)
+    assert stream.position == 3 and len(stream.next(0)) == 0              # a refusal moves nothing
+    for n, position, rank, world in ((0, 0, 0, 1), (5, -1, 0, 1), (5, 0, 1, 1), (5, 0, -1, 2)):
+        with pytest.raises(ValueError): IndexStream(n, 0, position, rank, world)
+
+
+def test_noise_of_another_kind_is_refused():
+    noise = SeededNoise([1, 2])
+    for dtype in (torch.int64, torch.uint8, torch.complex64):
+        with pytest.raises(ValueError, match="floating"): noise.randn((2, 3), dtype)
+    with pytest.raises(ValueError, match="upper end"): noise.randint(0, (2,))
+    with pytest.raises(ValueError, match="shape"): fill_noise(torch.empty(2, 3), lambda x: torch.randn(1))
+    with pytest.raises(ValueError, match="shape"): sample(gaussian(), normal(2, 3), edm_sigmas(4), Churn(2), lambda x: torch.randn(1, 3))
+    with pytest.raises(ValueError, match="2 seeds"): noise.fill_(torch.tensor(1.0))
+
+
 def test_seeded_integers():
     labels = SeededNoise(range(2000)).randint(10, (2000,))
     assert labels.dtype == torch.int64 and set(labels.tolist()) == set(range(10))
@@ -433,9 +563,11 @@ def test_churn_is_frozen_and_the_published_values_are_data():
     assert BEST_CHURN["cifar10-ve"] == Churn(80, 0.05, 1, 1.007) and BEST_CHURN["imagenet64-adm"] == Churn(80, 0.05, 50, 1.003)
 
 
-@pytest.mark.parametrize("seeds", [[], [1.5], [-1], ["3"], [2**32]])
+@pytest.mark.parametrize("seeds", [[], [1.5], [-1], ["3"], [2**32], [True], [0, 1, 2**40]])
 def test_seeds_are_checked(seeds):
-    with pytest.raises(ValueError): SeededNoise(seeds)
+    for refuse in (SeededNoise, check_seeds):
+        with pytest.raises(ValueError): refuse(seeds)
+    assert check_seeds(torch.arange(3).numpy()) == (0, 1, 2)
 
 
 def test_wrong_batch_is_refused():
