@@ -123,12 +123,14 @@ export function mount(root, definition) {
   const redraw = () => {
     waiting = 0;
     for (const name of Object.keys(controls)) {
-      controls[name].show(state[name]);
-      controls[name].node.hidden = Boolean(fields[name].when && !fields[name].when(state));
+      if (changed.has(name)) controls[name].show(state[name]);
+      const hidden = Boolean(fields[name].when && !fields[name].when(state));
+      if (controls[name].node.hidden !== hidden) controls[name].node.hidden = hidden;
     }
     const which = changed;
     changed = new Set();
     draw(state, which);
+    stage.fresh = false;
   };
   let writing = 0;
   const address = () => writeAddress(id, Object.fromEntries(Object.keys(fields).filter(name => state[name] !== defaults[name]).map(name => [name, state[name]])));
@@ -156,7 +158,7 @@ export function mount(root, definition) {
   };
   const stage = { id, root, frame, state, set, read, reads, plots: element("div", { class: "plots" }),
                   colour: name => getComputedStyle(frame).getPropertyValue("--" + name).trim(),
-                  still: matchMedia("(prefers-reduced-motion: reduce)"), redraw: () => later(Object.keys(fields)) };
+                  still: matchMedia("(prefers-reduced-motion: reduce)"), redraw: () => { stage.fresh = true; later(Object.keys(fields)); } };     // fresh: another width, other colours
 
   const copy = element("button", { type: "button", onclick: () => {
     address();

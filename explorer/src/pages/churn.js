@@ -19,15 +19,21 @@ function census(points) {
            shift: Math.sqrt(blobs.reduce((sum, blob) => sum + (blob.n ? centre(blob) : 0), 0) / 3) };
 }
 
-// Every position on the way: { time, x, sigma } in units of steps, with the climb of each step as a moment of its own.
-function algorithm2(D, state, churn, seed) {
-  const levels = numerics.edmSigmas(state.N, SIGMA_MIN, SIGMA_MAX), moments = numerics.knots(numerics.LINEAR, levels);
-  const uniform = numerics.generator(seed), gammas = numerics.churnGammas(levels, churn);
-  let x = numerics.normals(uniform, 2 * PARTICLES).map(v => SIGMA_MAX * v);
+// Unit noise by seed and step, the start being step 0: the same for every setting, so that a slider changes the run and not the luck.
+const drawn = new Map();
+function noise(seed, step) {
+  const key = 1000 * seed + step;
+  if (!drawn.has(key)) drawn.set(key, numerics.normals(numerics.generator(7919 * seed + step), 2 * PARTICLES));
+  return drawn.get(key);
+}
+
+// A run as { time, x, sigma } in units of steps, each climb a moment of its own.
+function algorithm2(D, { N, seed }, churn) {
+  const levels = numerics.edmSigmas(N, SIGMA_MIN, SIGMA_MAX), moments = numerics.knots(numerics.LINEAR, levels);
+  let x = noise(seed, 0).map(v => SIGMA_MAX * v);
   const path = [{ time: 0, x, sigma: SIGMA_MAX }];
-  gammas.forEach((gamma, i) => {
-    const noise = gamma ? numerics.normals(uniform, x.length) : null;
-    const done = numerics.churnStep(D, numerics.LINEAR, x, moments[i], moments[i + 1], gamma, churn.S_noise, noise);
+  numerics.churnGammas(levels, churn).forEach((gamma, i) => {
+    const done = numerics.churnStep(D, numerics.LINEAR, x, moments[i], moments[i + 1], gamma, churn.S_noise, noise(seed, i + 1));
     if (gamma) path.push({ time: i + 0.4, x: done.up.x, sigma: done.up.knot.sigma });
     path.push({ time: i + 1, x: x = done.x, sigma: levels[i + 1] });
   });
@@ -35,15 +41,13 @@ function algorithm2(D, state, churn, seed) {
 }
 
 // The SDE with as many evaluations: 2N - 1 levels, and per step the new noise that Algorithm 2's rule gives there.
-function eulerMaruyama(D, state, churn, seed) {
-  const n = 2 * state.N - 1, levels = numerics.edmSigmas(n, SIGMA_MIN, SIGMA_MAX), moments = numerics.knots(numerics.LINEAR, levels);
-  const uniform = numerics.generator(seed), gammas = numerics.churnGammas(levels, churn);
-  let x = numerics.normals(uniform, 2 * PARTICLES).map(v => SIGMA_MAX * v);
+function eulerMaruyama(D, { N, seed }, churn) {
+  const n = 2 * N - 1, levels = numerics.edmSigmas(n, SIGMA_MIN, SIGMA_MAX), moments = numerics.knots(numerics.LINEAR, levels);
+  let x = noise(seed, 0).map(v => SIGMA_MAX * v);
   const path = [{ time: 0, x, sigma: SIGMA_MAX }];
-  gammas.forEach((gamma, i) => {
-    const noise = numerics.normals(uniform, x.length);
-    x = numerics.sdeStep(D, x, moments[i], moments[i + 1], gamma + gamma * gamma / 2, noise);
-    path.push({ time: state.N * (i + 1) / n, x, sigma: levels[i + 1] });
+  numerics.churnGammas(levels, churn).forEach((gamma, i) => {
+    x = numerics.sdeStep(D, x, moments[i], moments[i + 1], gamma + gamma * gamma / 2, noise(seed, i + 1));
+    path.push({ time: N * (i + 1) / n, x, sigma: levels[i + 1] });
   });
   return path;
 }
@@ -109,29 +113,28 @@ export const churn = {
 
     const simulate = state => {
       const churn = { S_churn: state.S_churn, S_tmin: state.S_tmin, S_tmax: state.S_tmax, S_noise: state.S_noise }, D = numerics.biased(MIX, state.excess, state.pull);
-      paths = [algorithm2(D, state, churn, state.seed), eulerMaruyama(D, state, churn, state.seed)];
-      const same = [state.N, state.excess, state.pull, state.seed].join();
-      if (plain?.same !== same) { const path = algorithm2(D, state, { S_noise: 1 }, state.seed); plain = { same, end: path[path.length - 1].x }; }
-      const ends = { heun: plain.end, algorithm2: paths[0][paths[0].length - 1].x, sde: paths[1][paths[1].length - 1].x };
+      paths = [algorithm2(D, state, churn), eulerMaruyama(D, state, churn)];
       distance ??= numerics.slicedDistance(MIX, PARTICLES, 8);
-      if (!floor) {
-        const draws = Array.from({ length: 12 }, (_, i) => numerics.draw(MIX, numerics.generator(1000 + i), PARTICLES)), all = draws.map(census), mean = list => list.reduce((a, b) => a + b, 0) / list.length;
-        floor = { share: [0, 1, 2].map(k => mean(all.map(c => c.share[k]))), width: [0, 1, 2].map(k => mean(all.map(c => c.width[k]))), shift: mean(all.map(c => c.shift)), distance: mean(draws.map(distance)) };
-      }
       const report = (column, { share, width, shift }, d) => {
-        const show = (name, value, text) => { cells[name].dataset.value = value; cells[name].textContent = text; };
+        const show = (name, value, text) => { const cell = cells[name]; cell.dataset.value = value; if (cell.firstChild?.data !== text) cell.textContent = text; };
         share.forEach((v, k) => show(`share${k}.${column}`, v, percent(v, column === "exact" ? 0 : 1)));
         width.forEach((v, k) => show(`width${k}.${column}`, v, Number.isFinite(v) ? fixed(v, 2) : "–"));
         show(`shift.${column}`, shift, fixed(shift, 2));
         show(`distance.${column}`, d, fixed(d, 3));
       };
-      for (const [column, x] of Object.entries(ends)) {
-        const found = census(x);
-        report(column, found, distance(x));
-        if (column === "algorithm2") owners = [found.owner];
-        if (column === "sde") owners[1] = found.owner;
+      owners = paths.map((path, which) => {
+        const end = path[path.length - 1].x, found = census(end);
+        report(which ? "sde" : "algorithm2", found, distance(end));
+        return found.owner;
+      });
+      // what no slider of the noise changes is not computed again
+      const same = [state.N, state.excess, state.pull, state.seed].join();
+      if (plain !== same) { plain = same; const path = algorithm2(D, state, { S_noise: 1 }), end = path[path.length - 1].x; report("heun", census(end), distance(end)); }
+      if (!floor) {
+        const draws = Array.from({ length: 12 }, (_, i) => numerics.draw(MIX, numerics.generator(1000 + i), PARTICLES)), all = draws.map(census), mean = list => list.reduce((a, b) => a + b, 0) / list.length;
+        floor = { share: [0, 1, 2].map(k => mean(all.map(c => c.share[k]))), width: [0, 1, 2].map(k => mean(all.map(c => c.width[k]))), shift: mean(all.map(c => c.shift)) };
+        report("exact", floor, mean(draws.map(distance)));
       }
-      report("exact", floor, floor.distance);
       frames.steps = paths[0].length;
     };
 
@@ -179,6 +182,7 @@ export const churn = {
     // sizes and colours are looked up when the page changes, not in every frame
     let hues = null;
     const prepare = () => {
+      key.show(SHADES.map((shade, k) => [colour(shade), `ends in the ${BLOBS[k]} blob`, "dot"]));
       hues = { shades: SHADES.map(colour), ink: colour("ink"), soft: colour("soft") };
       const ratio = window.devicePixelRatio || 1;
       for (const canvas of views) {
@@ -208,9 +212,8 @@ export const churn = {
     moment.node.addEventListener("input", stop);
 
     return (state, changed) => {
-      key.show(SHADES.map((shade, k) => [colour(shade), `ends in the ${BLOBS[k]} blob`, "dot"]));
       if (!paths || ["S_churn", "S_tmin", "S_tmax", "S_noise", "excess", "pull", "N", "seed"].some(name => changed.has(name))) simulate(state);
-      prepare();
+      if (stage.fresh) prepare();
       if (!run) button.textContent = stage.still.matches ? "One step" : "Play";
       moment.show(state.time);
       if (!run) draw(state, state.time);
