@@ -35,6 +35,7 @@ from edm_nb.preconditioning import (
 )
 from edm_nb.stochastic import Churn, churn_gammas, sample_states, sde_states
 from edm_nb.training import lognormal_quantile, ve_quantile, vp_quantile
+from edm_nb.widgets import exact_path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPLORER, BUNDLE = ROOT / "explorer", ROOT / "book/_static/explorer/explorer.js"
@@ -247,6 +248,8 @@ def test_the_exact_path_needs_no_solver():
     picked = [0, 1000, 3000, 4000]
     truth = [[states[i][b].item() for i in picked] for b in range(4)]
     answers = ask([["exactPath", wide, 5.0 * z.item(), 5.0, levels[picked].tolist()] for z in noise])
+    by_quantiles = exact_path(oracle(wide), 5.0 * noise[:, 0], 5.0, levels[picked])
+    np.testing.assert_allclose(answers, by_quantiles.T, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(answers, truth, rtol=0, atol=2e-6)
     tails = ask([["normalTail", z] for z in (-9.0, -3.0, -0.5, 0.0, 0.5, 1.0, 2.4999, 2.5001, 4.0, 9.0, 30.0)])
     scipy = pytest.importorskip("scipy.stats")
