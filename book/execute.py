@@ -74,7 +74,7 @@ def execute(path, out, in_place, cell_timeout, environment):
     for cell in code:
         cell.outputs, cell.execution_count = [], None
     record = dict(notebook=path.name, source=source_hash(notebook), code_cells=len(code), error=None)
-    client = NotebookClient(notebook, timeout=cell_timeout, kernel_name="python3", record_timing=True,
+    client = NotebookClient(notebook, timeout=cell_timeout, kernel_name="python3", record_timing=True, startup_timeout=600,
                             extra_arguments=["--IPKernelApp.log_level=40"],
                             resources={"metadata": {"path": str(NBS)}})
     started = time.perf_counter()
@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--changed", action="store_true", help="only notebooks whose cells differ from the last commit")
     parser.add_argument("--fresh", action="store_true", help="execute even where the earlier copy is still true")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="notebooks at a time")
-    parser.add_argument("--cell-timeout", type=int, default=600, help="seconds one cell may take")
+    parser.add_argument("--cell-timeout", type=int, default=1800, help="seconds one cell may take; there to end what hangs")
     args = parser.parse_args()
     paths = [path.resolve() for path in args.notebooks] or sorted(NBS.glob("*.ipynb"))
     if not paths:

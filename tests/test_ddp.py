@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from patience import PATIENCE
+
 from edm_nb import checkpoints
 from edm_nb import configs, runs
 from edm_nb import training as T
@@ -35,7 +37,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(config, folder, world=2, timeout=60, script=SCRIPT):
+def start(config, folder, world=2, timeout=PATIENCE, script=SCRIPT):
     "What torchrun does: one process per rank, told by the environment who it is."
     port, processes = free_port(), []
     for rank in range(world):
@@ -47,7 +49,7 @@ def start(config, folder, world=2, timeout=60, script=SCRIPT):
     return processes
 
 
-def finish(processes, seconds=240):
+def finish(processes, seconds=PATIENCE):
     "Outputs; no process outlives the test."
     try: return [p.communicate(timeout=seconds) for p in processes]
     finally:
@@ -78,13 +80,13 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_rank_ends_the_run_and_the_checkpoint_is_whole(tmp_path, victim):
-    processes = start(dataclasses.replace(TOY, images=10**7, log_every=128, save_every=128), tmp_path/"run", timeout=20)
+    processes = start(dataclasses.replace(TOY, images=10**7, log_every=128, save_every=128), tmp_path/"run")
     try:
         for line in processes[victim].stdout:
             if line.startswith("[") and json.loads(line)[1] >= 256: break
         processes[victim].send_signal(signal.SIGKILL)
         survivor = processes[1 - victim]
-        survivor.communicate(timeout=90)                 # does not hang
+        survivor.communicate(timeout=PATIENCE / 2)        # does not hang: it need not wait for its time-out
         assert survivor.returncode != 0
     finally:
         for p in processes: p.kill(); p.wait(); p.stdout.close(); p.stderr.close()
@@ -109,8 +111,8 @@ def test_single_process_has_no_process_group():
 def test_a_folder_in_use_stops_every_process(tmp_path):
     "The first process finds the lock; the others hear of it at once and do not wait for their time-out."
     with runs.lock_folder(tmp_path/"run"):
-        processes = start(TOY, tmp_path/"run", timeout=200)
-        outputs = finish(processes, 100)
+        processes = start(TOY, tmp_path/"run", timeout=2*PATIENCE)
+        outputs = finish(processes)
     assert all(p.returncode not in (0, None, -9) for p in processes)
     assert all("another run is training" in errors for _, errors in outputs), outputs
 
@@ -120,8 +122,8 @@ def test_processes_that_see_different_folders_do_not_train(tmp_path):
     "As on machines without a common disk: one finds the state, the other cannot read it."
     for record in runs.train(dataclasses.replace(TOY, images=320), tmp_path/"run", device="cpu"): pass
     blind = "if os.environ['RANK'] == '1':\n    def lost(path): raise OSError(f'{path} is not here')\n    runs.checkpoints.load_state = lost\n"
-    processes = start(TOY, tmp_path/"run", timeout=200, script=SCRIPT.replace("for record", blind + "for record", 1))
-    (_, first), (_, second) = finish(processes, 100)
+    processes = start(TOY, tmp_path/"run", timeout=2*PATIENCE, script=SCRIPT.replace("for record", blind + "for record", 1))
+    (_, first), (_, second) = finish(processes)
     assert all(p.returncode not in (0, None, -9) for p in processes)
     assert "process 0: 320; process 1:" in first and "is not here" in second, (first, second)
     assert checkpoints.load_state(tmp_path/"run"/"state")[1]["images"] == 320

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+
+from patience import PATIENCE
 
 from edm_nb import checkpoints
 from edm_nb import configs, generation, runs
@@ -42,9 +43,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def start(config, folder):
+STEPS = SCRIPT.replace("for record", """
+step, begun = runs.train_step, []
+def told(*arguments):
+    begun.append(1)
+    print("step", len(begun), flush=True)
+    return step(*arguments)
+runs.train_step = told
+for record""")
+
+
+def start(config, folder, script=SCRIPT):
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, configs.config_json(config), str(folder)], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", script, configs.config_json(config), str(folder)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -64,7 +75,7 @@ def test_kill_minus_nine_then_resume_is_bit_exact(tmp_path):
     for line in process.stdout:
         if int(line) >= 224: break          # past a checkpoint, between two
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     process.stdout.close(); process.stderr.close()
     kept = checkpoints.load_state(tmp_path/"killed"/"state")[1]["images"]
     assert 64 <= kept < 640
@@ -193,7 +204,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_finished_update(tmp_path):
     for line in process.stdout:
         if int(line) >= 96: break
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     seen = checkpoints.load_state(tmp_path/"state")[1]["images"]
     assert seen >= 96
@@ -208,12 +219,10 @@ def test_interrupt_is_deferred_to_the_end_of_the_step(request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with runs.deferred_interrupt() as pressed:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)        # unlike os.kill, it returns when Python has seen the signal
         assert pressed                            # noticed, not raised
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_log_grid_and_configuration_are_written(tmp_path):
@@ -265,13 +274,12 @@ def test_overwriting_needs_the_lock_and_a_run(tmp_path):
 
 
 def test_sigterm_leaves_a_checkpoint_and_exit_code_143(tmp_path):
-    process = start(dataclasses.replace(TOY, images=10**7, save_every=10**7, log_every=10**6), tmp_path)
+    process = start(dataclasses.replace(TOY, images=10**7, save_every=10**7, log_every=10**7), tmp_path, STEPS)
     try:
-        until = time.monotonic() + 60
-        while not (tmp_path/"config.json").exists() and time.monotonic() < until: time.sleep(0.05)
-        time.sleep(1.0)                             # well inside the updates; no record is due for minutes
+        for line in process.stdout:
+            if line == "step 3\n": break                # well inside the updates; no record is due for a long time
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     finally: process.kill()
     assert process.returncode == 143
-    assert checkpoints.load_state(tmp_path/"state")[1]["images"] >= 32
+    assert checkpoints.load_state(tmp_path/"state")[1]["images"] >= 64
