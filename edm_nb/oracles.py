@@ -6,23 +6,32 @@
 __all__ = ['refined_logits', 'float64_logits', 'rounding_error', 'expectation', 'sort_by_class', 'class_slices', 'IdealDenoiser']
 
 # %% ../nbs/21_oracles.ipynb #610a8e93
-import math, torch
+import math
+import torch
 from torch import Tensor
-from .checks import broadcast_sigma, require_floating
+from edm_nb.checks import (
+    broadcast_sigma, refusal, require_floating, require_noise_level
+)
 from .framework import noise_like
 
 # %% ../nbs/21_oracles.ipynb #dbcc6bd6
 def refined_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d]`
                    sigma:Tensor,  # noise level of each, float64 `[b, 1]`
                    Y:Tensor,      # images, float32 `[N, d]`
-                   half:Tensor,   # half the squared distance of each image from the mean, float64 `[N]`
+                   half:Tensor,   # half |Y - mean|², float64 `[N]`
                    k:int,         # how many of the nearest to do again in float64
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits `[b, N]`, indices `[b, k]`, rms rounding `[b]`, largest unrefined `[b]`
-    "Log-weights of all images up to a constant: float32 products, the k largest recomputed in float64."
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-weights of all images up to a constant: the k largest are exact.
+
+    Returns logits `[b, N]`, indices of the exact ones `[b, k]`, the rms rounding that
+    they had in float32 `[b]`, and the largest of the others `[b]`."""
     logits = (x.float() @ Y.T).double().sub_(half).div_(sigma**2)
-    best = logits.topk(min(k + 1, len(Y)), dim=1)
-    top, runner_up = best.indices[:, :k], best.values[:, -1] if k < len(Y) else torch.full_like(x[:, 0], -math.inf)
-    exact = torch.stack([Y[i].double() @ query for query, i in zip(x, top)])   # one query at a time stays in the cache
+    best = logits.topk(min(k + 1, Y.shape[0]), dim=1)
+    top = best.indices[:, :k]
+    left_out = best.values[:, k:]   # one, or none where k is the number of images
+    runner_up = torch.cat([left_out, torch.full_like(x[:, :1], -math.inf)], 1).amax(1)
+    # one query at a time stays in the cache
+    exact = torch.stack([Y[i].double() @ query for query, i in zip(x, top)])
     exact = (exact - half[top]) / sigma**2
     rounding = (best.values[:, :k] - exact).square().mean(1).sqrt()
     return logits.scatter_(1, top, exact), top, rounding, runner_up
@@ -31,15 +40,15 @@ def refined_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d
 def float64_logits(x:Tensor,      # queries minus the mean image, float64 `[b, d]`
                    sigma:Tensor,  # noise level of each, float64 `[b, 1]`
                    Y:Tensor,      # images, float32 `[N, d]`
-                   half:Tensor,   # half the squared distance of each image from the mean, float64 `[N]`
+                   half:Tensor,   # half |Y - mean|², float64 `[N]`
                   ) -> Tensor:    # `[b, N]`
-    "The same log-weights in float64 throughout: slower, for the queries that need it."
+    "The same log-weights in float64 throughout: slower, for queries that need it."
     products = torch.cat([x @ rows.double().T for rows in Y.split(1024)], dim=1)
     return (products - half) / sigma**2
 
 # %% ../nbs/21_oracles.ipynb #db87514a
 def rounding_error(rounding:Tensor,  # rms rounding of a float32 log-weight, `[b]`
-                   largest:Tensor,   # log of the largest unrefined weight, normalised, `[b]`
+                   largest:Tensor,   # log of the largest unrefined weight, `[b]`
                    n:int,            # number of images
                   ) -> Tensor:       # `[b]`, in units of the spread of the data
     "Predicted error of D that the unrefined weights cause."
@@ -55,111 +64,154 @@ def expectation(weights:Tensor,  # `[b, N]`, float64
     D = torch.stack([w[i] @ Y[i].double() for w, i in zip(weights, top)])
     rest = weights.scatter(1, top, 0.)
     if rest.sum(1).max() > 1e-10:
-        for w, rows in zip(rest.float().split(1024, dim=1), Y.split(1024)): D += (w @ rows).double()
+        for w, rows in zip(rest.float().split(1024, dim=1), Y.split(1024)):
+            D += (w @ rows).double()
     return D
 
 # %% ../nbs/21_oracles.ipynb #cae2b882
 def sort_by_class(labels:Tensor,       # integers `[N]`
                   n:int,               # number of images
-                  label_dim:int|None,  # number of classes; the largest label + 1 by default
-                 ) -> tuple[Tensor, list]:  # order of the images, and bounds: class k owns bounds[k] to bounds[k+1]
-    "Make every class one slice."
-    if labels.shape != (n,) or labels.is_floating_point() or labels.dtype == torch.bool or labels.min() < 0:
-        raise ValueError(f"labels must be {n} integers >= 0, got {labels.dtype} {tuple(labels.shape)}")
+                  label_dim:int|None,  # classes; default: the largest label + 1
+                 ) -> tuple[Tensor, list]:
+    """Make every class one slice: the order of the images, and bounds.
+
+    Class k owns bounds[k] to bounds[k+1]. ValueError for labels of another kind."""
+    kind = labels.dtype
+    if (labels.shape != (n,) or kind.is_floating_point or kind.is_complex
+            or kind == torch.bool or labels.min() < 0):
+        raise refusal("labels", f"{n} integers >= 0", f"{kind} {tuple(labels.shape)}")
     counts = torch.bincount(labels, minlength=label_dim or 0)
     if label_dim is not None and len(counts) > label_dim:
-        raise ValueError(f"the largest label is {len(counts) - 1}, but label_dim is {label_dim}")
+        raise refusal("label_dim", "above the largest label",
+                      f"label_dim = {label_dim} and label {len(counts) - 1}")
     return labels.argsort(stable=True), [0, *counts.cumsum(0).tolist()]
 
 # %% ../nbs/21_oracles.ipynb #74dfb09d
-def class_slices(class_labels:Tensor,  # one-hot `[B, label_dim]`; a row of zeros asks for any class
-                 bounds:list,          # class k owns the images bounds[k] to bounds[k+1]
+def class_slices(class_labels:Tensor,  # one-hot `[B, label_dim]`; zeros for any class
+                 bounds:list,          # class k owns images bounds[k] to bounds[k+1]
                 ) -> list:             # pairs (indices of queries, slice of images)
-    "Group a batch by the class that it asks for. ValueError for other rows and for classes without images."
+    """Group a batch by the class that it asks for.
+
+    ValueError for other rows and for classes without images."""
     ones = class_labels == 1
     if not (ones | (class_labels == 0)).all() or (ones.sum(1) > 1).any():
-        raise ValueError("each row of class_labels must be one-hot, or all zeros for any class")
+        raise refusal("each row of class_labels", "one-hot, or all zeros for any class",
+                      "other numbers")
     label = torch.where(ones.any(1), ones.int().argmax(1), -1)
-    slices = {k: slice(bounds[k], bounds[k+1]) if k >= 0 else slice(0, bounds[-1]) for k in label.unique().tolist()}
-    for k, rows in slices.items():
+    groups = []
+    for k in label.unique().tolist():
+        rows = slice(bounds[k], bounds[k+1]) if k >= 0 else slice(0, bounds[-1])
         if rows.start == rows.stop: raise ValueError(f"class {k} has no images")
-    return [((label == k).nonzero().flatten(), rows) for k, rows in slices.items()]
+        groups.append(((label == k).nonzero().flatten(), rows))
+    return groups
 
 # %% ../nbs/21_oracles.ipynb #7d96307c
 class IdealDenoiser:
-    "Exact D for a finite set of images (App. B.3). No gradient flows: use MixtureDenoiser for that."
+    """Exact D for a finite set of images (App. B.3), to 1e-6 for pixels in [-1, 1].
+
+    No gradient flows: use MixtureDenoiser for that."""
     def __init__(self,
-                 images:Tensor,              # `[N, ...]`, floating point; held in float32
-                 labels:Tensor|None=None,    # class of each image, integers `[N]`; enables `class_labels`
-                 label_dim:int|None=None,    # number of classes; the largest label + 1 by default
-                 memory:int=2**28,           # bytes that temporary arrays of one call may take (one query is always done)
-                 refine:int=64,              # nearest images per query that are done again in float64
-                 tolerance:float=5e-7,       # predicted error of D above which a query is done in float64
+                 images:Tensor,             # `[N, ...]`, floating; held in float32
+                 labels:Tensor|None=None,   # classes `[N]`; enables `class_labels`
+                 label_dim:int|None=None,   # how many; default: the largest label + 1
+                 memory:int=2**28,          # bytes for temporary arrays of one call
+                 refine:int=64,             # nearest images that are done in float64
+                 tolerance:float=5e-7,      # predicted error that asks for float64
                 ):
         require_floating(images, "images")
-        if not len(images) or not torch.isfinite(images).all(): raise ValueError("images must be finite, and at least one")
-        if refine < 1 or memory < 1: raise ValueError(f"need refine >= 1 and memory >= 1, got {refine} and {memory}")
+        n = images.shape[0]
+        if not n or not torch.isfinite(images).all():
+            raise refusal("images", "finite, and at least one", tuple(images.shape))
+        if refine < 1 or memory < 1:
+            raise refusal("refine and memory", "at least 1", f"{refine} and {memory}")
         self.bounds = None
         if labels is not None:
-            order, self.bounds = sort_by_class(labels.to(images.device), len(images), label_dim)
+            order, self.bounds = sort_by_class(labels.to(images.device), n, label_dim)
             images = images[order]
-        self.images, self.flat = images, images.reshape(len(images), -1).float()   # [N, ...], [N, d]
+        self.images, self.flat = images, images.reshape(n, -1).float()   # [N, d]
         self.memory, self.refine, self.tolerance = memory, refine, tolerance
         self.float64_queries = 0   # how many queries the tolerance has sent to float64
         self.mean = self.flat.mean(0, dtype=torch.float64)
-        self.half = torch.cat([(rows.double() - self.mean).square().sum(1) / 2 for rows in self.flat.split(1024)])
+        self.half = torch.cat([(rows.double() - self.mean).square().sum(1) / 2
+                               for rows in self.flat.split(1024)])
         self.spread = (2 * self.half.mean() / self.flat.shape[1]).sqrt()
 
-    def __call__(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None=None, **cond) -> Tensor:
-        "D(x; sigma) in the shape and dtype of x, exact to 1e-6 for pixels in [-1, 1]. ValueError for sigma <= 0, NaN, wrong shapes or labels."
-        return self._evaluate(x, sigma, class_labels)[0].reshape(x.shape).to(x.dtype)
+    def __call__(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None=None,
+                 **cond) -> Tensor:
+        """D(x; sigma) in the shape and dtype of x.
 
-    def log_prob(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None=None) -> Tensor:
+        ValueError for sigma <= 0, NaN, wrong shapes or labels."""
+        D, _ = self._evaluate(x, sigma, class_labels)
+        return D.reshape(x.shape).to(x.dtype)
+
+    def log_prob(self, x:Tensor, sigma:Tensor|float,
+                 class_labels:Tensor|None=None) -> Tensor:
         "log p(x; sigma) in nats, float64 `[B]`."
         return self._evaluate(x, sigma, class_labels, mean=False)[1]
 
     def sample(self, n:int, sigma:Tensor|float=0.0, generator=None) -> Tensor:
-        "Draw `[n, ...]` from p(x; sigma)."
-        k = torch.randint(len(self.images), (n,), generator=generator, device=self.images.device)
+        "Draw `[n, ...]` from p(x; sigma). ValueError for a bad level."
+        level = broadcast_sigma(sigma, self.images.new_empty(n, *self.images.shape[1:]))
+        require_noise_level(level, positive=False)
+        k = torch.randint(self.images.shape[0], (n,), generator=generator,
+                          device=self.images.device)
         x = self.images[k]
-        return x + noise_like(x, generator) * broadcast_sigma(sigma, x)
+        return x + noise_like(x, generator) * level
 
     @torch.no_grad()
-    def _evaluate(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None, mean:bool=True) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, x:Tensor, sigma:Tensor|float, class_labels:Tensor|None,
+                  mean:bool=True) -> tuple[Tensor, Tensor]:
         "D `[B, d]` and log p `[B]` in float64, a bounded number of queries at a time."
         require_floating(x)
         if x.shape[1:] != self.images.shape[1:]:
-            raise ValueError(f"x must be [B, *{tuple(self.images.shape[1:])}], got {tuple(x.shape)}")
-        if not torch.isfinite(x).all(): raise ValueError("x must be finite, got NaN or infinity")
-        flat = x.reshape(len(x), self.flat.shape[1]).double()
+            raise refusal("x", f"[B, *{tuple(self.images.shape[1:])}]", tuple(x.shape))
+        if not torch.isfinite(x).all():
+            raise refusal("x", "finite", "NaN or infinity")
+        B, d = x.shape[0], self.flat.shape[1]
+        flat = x.reshape(B, d).double()
         sigma = broadcast_sigma(sigma, flat)
-        if not (torch.isfinite(sigma) & (sigma > 0)).all(): raise ValueError(f"sigma must be finite and > 0, got {sigma.flatten().tolist()}")
+        if not (torch.isfinite(sigma) & (sigma > 0)).all():
+            raise refusal("sigma", "finite and > 0", sigma.flatten().tolist())
         D, log_p = torch.empty_like(flat), torch.empty_like(flat[:, 0])
-        for which, rows in self._groups(len(x), class_labels) if len(x) else ():
-            per_query = 48 * (rows.stop - rows.start)                                    # bytes: six float64 arrays [b, N]
+        for which, rows in self._groups(B, class_labels) if B else ():
+            per_query = 48 * (rows.stop - rows.start)   # bytes: six float64 [b, N]
             parts = math.ceil(len(which) * per_query / self.memory)
-            for i in which.tensor_split(max(1, min(parts, len(which)))):   # equal parts: a small one costs nearly as much
-                D[i], log_p[i] = self._posterior(flat[i], sigma[i], self.flat[rows], self.half[rows], mean)
+            # equal parts, because a small one costs nearly as much as a large one
+            for i in which.tensor_split(max(1, min(parts, len(which)))):
+                D[i], log_p[i] = self._posterior(flat[i], sigma[i], rows, mean)
         return D, log_p
 
     def _groups(self, n:int, class_labels:Tensor|None) -> list:
         "Pairs (indices of queries, slice of the images that they may become)."
-        if class_labels is None: return [(torch.arange(n, device=self.flat.device), slice(0, len(self.flat)))]
-        if self.bounds is None: raise ValueError("class_labels were given, but this denoiser was made without labels")
-        if class_labels.shape != (n, len(self.bounds) - 1):
-            raise ValueError(f"class_labels must be one-hot [{n}, {len(self.bounds) - 1}], got {tuple(class_labels.shape)}")
+        if class_labels is None:
+            everything = slice(0, self.flat.shape[0])
+            return [(torch.arange(n, device=self.flat.device), everything)]
+        if self.bounds is None:
+            raise ValueError("class_labels were given, but this denoiser was made "
+                             "without labels")
+        classes = len(self.bounds) - 1
+        if class_labels.shape != (n, classes):
+            raise refusal("class_labels", f"one-hot [{n}, {classes}]",
+                          tuple(class_labels.shape))
         return class_slices(class_labels.to(self.flat.device), self.bounds)
 
-    def _posterior(self, x:Tensor, sigma:Tensor, Y:Tensor, half:Tensor, mean:bool) -> tuple[Tensor|float, Tensor]:
+    def _posterior(self, x:Tensor, sigma:Tensor, rows:slice,
+                   mean:bool) -> tuple[Tensor|float, Tensor]:
         "D and log p of a few queries over one slice of the images."
-        centred, k = x - self.mean, min(self.refine, len(Y))
+        Y, half = self.flat[rows], self.half[rows]
+        n, (b, d) = Y.shape[0], x.shape
+        centred, k = x - self.mean, min(self.refine, n)
         logits, top, rounding, runner_up = refined_logits(centred, sigma, Y, half, k)
         total = logits.logsumexp(1)
-        poor = (self.spread * rounding_error(rounding, runner_up - total, len(Y)) > self.tolerance).nonzero().flatten()
+        predicted = self.spread * rounding_error(rounding, runner_up - total, n)
+        poor = (predicted > self.tolerance).nonzero().flatten()
         if len(poor):
             self.float64_queries += len(poor)
             logits[poor] = float64_logits(centred[poor], sigma[poor], Y, half)
-            top[poor], total[poor] = logits[poor].topk(k, dim=1).indices, logits[poor].logsumexp(1)
-        gauge = (0.5 * centred.square().sum(1) + centred @ self.mean) / sigma[:, 0]**2   # logits - gauge = -|x - y|² / 2σ²
-        normal = math.log(len(Y)) + 0.5 * x.shape[1] * (2 * math.pi * sigma[:, 0]**2).log()
-        return expectation(logits.softmax(1), top, Y) if mean else 0., total - gauge - normal
+            top[poor] = logits[poor].topk(k, dim=1).indices
+            total[poor] = logits[poor].logsumexp(1)
+        # logits - gauge = -|x - y|² / 2σ²
+        gauge = (0.5 * centred.square().sum(1) + centred @ self.mean) / sigma[:, 0]**2
+        normal = math.log(n) + 0.5 * d * (2 * math.pi * sigma[:, 0]**2).log()
+        D = expectation(logits.softmax(1), top, Y) if mean else 0.
+        return D, total - gauge - normal

@@ -16,7 +16,7 @@ from torch import Tensor
 from .framework import LINEAR, Schedule
 from .ode_solvers import coefficients, Flow, heun, remove_scale, sample_ode
 from .checks import check_sigmas, check_state, is_finite
-from .checks import require_finite
+from .checks import peak, require_finite
 from .randomness import fill_noise
 
 # %% ../nbs/02_stochastic.ipynb #776bcc51
@@ -95,7 +95,7 @@ def sample_sde(denoise:Callable,              # D(x; sigma, **cond)
     flow = Flow(denoise, schedule, **cond)
     times = flow.prepare(levels)
     sigma, _, s, _ = flow.at(times[0])
-    for x in sde_loop(flow, x * (sigma*s), times, beta, randn_like): sums.append(x.sum())
+    for x in sde_loop(flow, x * (sigma*s), times, beta, randn_like): sums.append(peak(x))
     return remove_scale(require_finite(x, sums, levels), levels[-1], schedule)
 
 # %% ../nbs/02_stochastic.ipynb #56b523cc
@@ -269,7 +269,7 @@ def sample(denoise:Callable,             # D(x; sigma, **cond)
     "Stochastic sampling (Algorithm 2). ValueError for bad input, and for NaN, naming step and sigma."
     levels, sums = round_levels(sigmas, round_sigma), []
     for x in sample_states(denoise, noise, levels, churn, randn_like, schedule, solver, dtype, round_sigma, **cond):
-        sums.append(x.sum())
+        sums.append(peak(x))
     return remove_scale(require_finite(x, sums[1:], levels), levels[-1], schedule)
 
 # %% ../nbs/02_stochastic.ipynb #c3823a71

@@ -56,18 +56,18 @@ GROUPS = {
 
 MUTATIONS = [
     # chapter 00: oracles, Eq. 4 and Table 1
-    Mutation("Gaussian denoiser", "framework", "(x - mean) * (self.std.to(x)**2 / variance)", "(x - mean) * (self.std.to(x) / variance)", "framework"),
+    Mutation("Gaussian denoiser", "framework", "((self.std.to(spread) / spread)**2)", "((self.std.to(spread) / spread))", "framework"),
     Mutation("score", "framework", "- x) / broadcast_sigma(sigma, x)**2", "- x) / broadcast_sigma(sigma, x)", "framework"),
     Mutation("Eq. 4", "framework", "(sigma_deriv / sigma + s_deriv / s) * x", "(sigma_deriv / sigma - s_deriv / s) * x", "framework"),
     Mutation("VP schedule", "framework", "u = lambda t: 0.5 * beta_d", "u = lambda t: beta_d", "framework"),
     Mutation("VP slope", "framework", "0.5 * beta_vp(t) * (sigma(t) + 1 / sigma(t))", "beta_vp(t) * (sigma(t) + 1 / sigma(t))", "framework"),
     Mutation("Table 1, c_skip", "framework", "lambda sigma: sigma_data**2 / total(sigma)", "lambda sigma: sigma_data / total(sigma)", "framework"),
-    Mutation("Table 1, lambda", "framework", "total(sigma) / (sigma*sigma_data)**2", "total(sigma) / (sigma+sigma_data)**2", "framework"),
+    Mutation("Table 1, lambda", "framework", "total(sigma) / (sigma * sigma_data)**2", "total(sigma) / (sigma + sigma_data)**2", "framework"),
     Mutation("Table 1, u_j", "framework", "/ (M * (C_2 + 1)))**2", "/ (M * C_2 + M + 1))**2", "framework"),
     Mutation("Table 1, rho", "framework", "rho:float=7.", "rho:float=6.", "framework"),
     # chapter 01: noise levels and steps
     Mutation("rho", "framework", "math.log(sigma_min/sigma_max) / rho)", "math.log(sigma_min/sigma_max))", "solver"),
-    Mutation("VP levels", "ode_solvers", "torch.expm1(0.5*beta_d*t**2", "torch.expm1(beta_d*t**2", "solver"),
+    Mutation("VP levels", "ode_solvers", "t = 1 + _fractions(n) * (eps_s - 1)", "t = 1 + _fractions(n) * (2*eps_s - 1)", "solver"),
     Mutation("Heun weights", "ode_solvers", ".lerp_(x, 0.5)", ".lerp_(x, 0.45)", "solver"),
     Mutation("Heun, second slope at t", "ode_solvers", "flow.push(x_euler, t_next, h)", "flow.push(x_euler, t, h)", "solver"),
     Mutation("no Euler fallback", "ode_solvers", "if flow.at(t_next)[0] == 0: return x_euler", "", "solver"),

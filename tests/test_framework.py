@@ -7,7 +7,7 @@ import torch
 from edm_nb import framework as F
 from edm_nb.framework import (
     GaussianDenoiser, iddpm_levels, LINEAR, MixtureDenoiser, ode_derivative, Schedule,
-    score, TABLE_1, VE, vp_schedule
+    ideal_denoiser, score, TABLE_1, VE, vp_refit, vp_schedule
 )
 from edm_nb.oracles import IdealDenoiser
 from edm_nb.checks import broadcast_sigma
@@ -99,8 +99,24 @@ def test_vp_preserves_variance_and_refuses_bad_constants():
     t = torch.linspace(1e-4, 1, 50, dtype=torch.float64)
     vp = vp_schedule()
     torch.testing.assert_close(vp.scale(t)**2 * (1 + vp.sigma(t)**2), torch.ones_like(t))
-    for bad in ((-1., 0.1), (1., 0.), (1., math.nan)):
+    for bad in ((-1., 0.1), (0., 0.), (1., -0.1), (-0.2, 0.1), (1., math.nan), (math.inf, 1.)):
         with pytest.raises(ValueError, match="beta"): vp_schedule(*bad)
+
+
+def test_the_published_refit_of_vp_is_accepted_and_starts_and_ends_where_it_says():
+    "Valid is what increases on the interval that is used: the published beta_min is negative (validity judged at t = 0)."
+    beta_d, beta_min = vp_refit(0.002, 80.)
+    assert beta_d == pytest.approx(17.538, abs=5e-4) and beta_min == pytest.approx(-0.00477, abs=5e-6)
+    vp = vp_schedule(beta_d, beta_min)
+    assert vp.sigma(1e-3).item() == pytest.approx(0.002, rel=1e-9) and vp.sigma(1.).item() == pytest.approx(80., rel=1e-9)
+    t = torch.logspace(-3, 0, 50, dtype=torch.float64)
+    torch.testing.assert_close(vp.sigma_inv(vp.sigma(t)), t, rtol=1e-9, atol=0)
+    assert (vp.sigma(t).diff() > 0).all() and vp.sigma_inv(torch.zeros(2, dtype=torch.float64)).tolist() == [0., 0.]
+    torch.testing.assert_close(vp.scale(t)**2 * (1 + vp.sigma(t)**2), torch.ones_like(t))
+    published = vp_schedule(17.538, -0.00477)
+    assert published.sigma(1e-3).item() == pytest.approx(0.002, rel=1e-3)
+    assert TABLE_1["vp"].constants["beta_min"] == 0.1 and F.vp_row(beta_d, beta_min).sigmas(5)[0].item() == pytest.approx(80.)
+    with pytest.raises(ValueError, match="rises from 0.0001 to 1"): vp_schedule(beta_d, beta_min, epsilon_s=1e-4)
 
 
 def test_schedules_are_frozen_and_accept_numbers():
@@ -240,6 +256,15 @@ def test_crowded_images_send_queries_to_float64():
     assert (trusting(x, sigma) - naive(x, sigma, Y)).abs().max() > 5e-6 and trusting.float64_queries == 0
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 8.])
+def test_the_naive_ideal_denoiser_of_the_chapter_is_the_definition(sigma):
+    Y, x = images(40), images(3, seed=9).double()
+    levels = torch.tensor([sigma, 2 * sigma, 3 * sigma], dtype=torch.float64)
+    torch.testing.assert_close(ideal_denoiser(Y)(x, sigma), naive(x, sigma, Y), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ideal_denoiser(Y)(x, levels), torch.cat([naive(x[i:i+1], levels[i], Y) for i in range(3)]), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="finite and > 0"): ideal_denoiser(Y)(x, 0.)
+
+
 def test_truncation_would_be_wrong():
     Y = images(400)
     x = Y[:4].double() + 10 * rand(4, 3, 8, 8)
@@ -273,7 +298,71 @@ def test_ideal_denoiser_refuses_bad_input():
 
 
 def test_empty_batch():
-    assert IdealDenoiser(images(5))(torch.zeros(0, 3, 8, 8), 1.).shape == (0, 3, 8, 8)
+    Y, none = images(5), torch.zeros(0, 3, 8, 8)
+    for oracle in (IdealDenoiser(Y), ideal_denoiser(Y), MixtureDenoiser(Y), MixtureDenoiser(Y, 0.3), GaussianDenoiser(Y[0], 1.)):
+        assert oracle(none, 1.).shape == (0, 3, 8, 8)
+        if hasattr(oracle, "log_prob"): assert oracle.log_prob(none, 1.).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_squares_of_levels_do_not_overflow_in_any_precision(dtype):
+    "Large levels in small dtypes: every oracle answers with the mean of its data, because no square is formed in the dtype of x."
+    points = torch.tensor([[-1., 0.5], [0.5, 1.]], dtype=torch.float64)
+    limit = 60_000. if dtype == torch.float16 else 1e30 if dtype != torch.float64 else 1e200
+    x = torch.zeros(3, 2, dtype=dtype)
+    for oracle in (MixtureDenoiser(points.to(dtype)), MixtureDenoiser(points, 0.2), GaussianDenoiser(points.mean(0), 0.4)):
+        for sigma in (300., limit):
+            D = oracle(x, sigma)
+            assert D.dtype == dtype and torch.allclose(D.double(), points.mean(0), atol=0.02), (oracle, sigma, D)
+    for sigma in (300., limit): assert oracle.log_prob(x, sigma).isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [-1., math.nan, math.inf])
+def test_no_oracle_draws_at_a_level_that_is_none(sigma):
+    for oracle in (MixtureDenoiser(torch.zeros(2, 3)), GaussianDenoiser(torch.zeros(3), 1.), IdealDenoiser(torch.zeros(2, 3))):
+        with pytest.raises(ValueError, match="finite and >= 0"): oracle.sample(2, sigma)
+
+
+def test_oracles_of_nothing_are_refused():
+    nan = torch.full((2, 3), math.nan)
+    for make in (lambda: MixtureDenoiser(nan), lambda: MixtureDenoiser(torch.zeros(0, 3)), lambda: MixtureDenoiser(torch.zeros(2, 3), 1., torch.zeros(2)),
+                 lambda: MixtureDenoiser(torch.zeros(2, 3), math.nan), lambda: GaussianDenoiser(math.nan, 1.), lambda: GaussianDenoiser(torch.tensor([0., math.inf]), 1.),
+                 lambda: GaussianDenoiser(0., math.nan), lambda: GaussianDenoiser(0., 1j), lambda: IdealDenoiser(nan), lambda: IdealDenoiser(torch.zeros(0, 3))):
+        with pytest.raises(ValueError): make()
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_draws_and_answers_do_not_depend_on_the_default_dtype(default):
+    "Everything that draws or computes names its dtype."
+    bumps, weights = toy(), torch.tensor([1., 2., 3., 4.])
+    def answers():
+        g, out = torch.Generator().manual_seed(3), []
+        for oracle in (MixtureDenoiser(images(4), 0.1, weights), MixtureDenoiser(images(4), 0.1, [1., 2., 3., 4.]), GaussianDenoiser(images(4)[0], 0.3), IdealDenoiser(images(4)), GaussianDenoiser(0.2, 0.3)):
+            x = oracle.sample(3, 0.7, g)
+            out += [x, oracle(x if x.ndim > 1 else x[:, None], 0.7), oracle.log_prob(x if x.ndim > 1 else x[:, None], 0.7)]
+        return out + [score(bumps, rand(3, 1), 0.3), ode_derivative(bumps, rand(3, 1), 0.3, vp_schedule()), TABLE_1["iddpm"].sigmas(7), F.edm_row().sigmas(7)]
+    expected = answers()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try: found = answers()
+    finally: torch.set_default_dtype(before)
+    for a, b in zip(found, expected): assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_absurd_counts_are_refused_before_anything_is_allocated():
+    for call in (lambda: iddpm_levels(10**10), lambda: iddpm_levels(0), lambda: iddpm_levels(10.), lambda: F.steps(10**9, lambda u: u), lambda: F.steps(True, lambda u: u),
+                 lambda: F.iddpm_indices(10**9), lambda: iddpm_levels(10, C_1=0), lambda: iddpm_levels(10, C_1=5.), lambda: iddpm_levels(10, C_2=-1.), lambda: iddpm_levels(10, C_2=math.nan)):
+        with pytest.raises(ValueError): call()
+
+
+def test_a_batch_may_be_dynamic_when_exported():
+    "len(x) would turn the batch into a constant: a denoiser and the score export with any B."
+    class Net(torch.nn.Module):
+        def forward(self, x, sigma): return score(lambda x, sigma: x * broadcast_sigma(1 / (1 + sigma), x), x, sigma)
+    B = torch.export.Dim("B", min=2, max=64)
+    x, sigma = rand(4, 3, dtype=torch.float32), torch.rand(4) + 0.1
+    program = torch.export.export(Net(), (x, sigma), dynamic_shapes=({0: B}, {0: B})).module()
+    for b in (2, 7): torch.testing.assert_close(program(rand(b, 3).float(), torch.ones(b)), Net()(rand(b, 3).float(), torch.ones(b)))
 
 
 # Table 1, recomputed here from the paper's formulas with the math module
@@ -311,7 +400,7 @@ def test_time_steps(n):
         assert t.dtype == sigma.dtype == torch.float64 and t.shape == sigma.shape == (n + 1,) and t[-1] == sigma[-1] == 0
         assert t[:-1].tolist() == pytest.approx(times[key], rel=1e-9) and (sigma.diff() < 0).all()
         assert sigma[:-1].tolist() == pytest.approx([sigma_of[key](x) for x in times[key]], rel=1e-9)
-        with pytest.raises(ValueError, match="n >= 1"): row.times(0)
+        with pytest.raises(ValueError, match="number of sampling steps"): row.times(0)
 
 
 def test_iddpm_levels():

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from edm_nb.framework import LINEAR, TABLE_1, VE, GaussianDenoiser, MixtureDenoiser, Schedule, ode_derivative, vp_schedule
 from edm_nb.ode_solvers import (
-    adams_bashforth_weights, coefficients, count_nfe, edm_sigmas, euler, Flow, heun,
+    adams_bashforth_weights, coefficients, count_nfe, dpmpp_2m, dpmpp_2m_sde, edm_sigmas, euler, explain_non_finite, Flow, heun,
     iddpm_sigmas, invert_ode, multistep, ode_states, rk2, rk45, sample_ode, ve_sigmas,
     vp_sigmas
 )
-from edm_nb.checks import check_sigmas, is_finite, state_dtype
+from edm_nb.checks import check_sigmas, is_finite, peak, require_finite, state_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 VP = vp_schedule()
 SCHEDULES = {"linear": LINEAR, "ve": VE, "vp": VP}
 ROWS = {"vp": vp_sigmas, "ve": ve_sigmas, "iddpm": iddpm_sigmas, "edm": edm_sigmas}
 SOLVERS = {"euler": euler, "heun": heun, "midpoint": rk2(0.5), "ralston": rk2(2/3), "rk2(1)": rk2(1.0), "ab1": multistep(1),
-           "ab2": multistep(2), "ab3": multistep(3), "ab4": multistep(4)}
+           "ab2": multistep(2), "ab3": multistep(3), "ab4": multistep(4), "dpmpp": dpmpp_2m}
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -103,7 +103,7 @@ def test_levels_are_those_of_table_1(name, n):
 @pytest.mark.parametrize("levels", ROWS.values())
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "18", None])
 def test_bad_n(levels, n):
-    with pytest.raises(ValueError, match="n is the number of sampling steps"): levels(n)
+    with pytest.raises(ValueError, match="n, the number of sampling steps, must be an integer"): levels(n)
 
 
 @pytest.mark.parametrize("arguments", [dict(sigma_min=80.0, sigma_max=80.0), dict(sigma_min=81.0), dict(sigma_min=0.0),
@@ -115,8 +115,8 @@ def test_bad_edm_arguments(arguments):
 
 def test_other_bad_levels():
     with pytest.raises(ValueError, match="sigma_min"): ve_sigmas(18, 2.0, 1.0)
-    with pytest.raises(ValueError, match="eps_s"): vp_sigmas(18, eps_s=1.0)
-    with pytest.raises(ValueError, match="beta"): vp_sigmas(18, beta_min=0.0)
+    with pytest.raises(ValueError, match="epsilon_s"): vp_sigmas(18, eps_s=1.0)
+    with pytest.raises(ValueError, match="beta"): vp_sigmas(18, beta_min=-0.1)
     with pytest.raises(ValueError, match="repeat"): iddpm_sigmas(993)
     with pytest.raises(ValueError, match="j_0"): iddpm_sigmas(18, j_0=1000)
     with pytest.raises(ValueError, match="told apart"): edm_sigmas(1000, sigma_min=1.0, sigma_max=1 + 1e-14)
@@ -147,7 +147,7 @@ def test_coefficients_are_floats():
 
 # ---- solvers ----
 
-@pytest.mark.parametrize("name,expected", [("euler", 1), ("heun", 2), ("ralston", 2), ("rk2(1)", 2), ("ab1", 1), ("ab2", 2), ("ab3", 3)])
+@pytest.mark.parametrize("name,expected", [("euler", 1), ("heun", 2), ("ralston", 2), ("rk2(1)", 2), ("ab1", 1), ("ab2", 2), ("ab3", 3), ("dpmpp", 2)])
 def test_order_on_the_gaussian(name, expected):
     denoise, noise, n = GaussianDenoiser(0.3, 0.5), randn(8, 6), [64, 128, 256]
     exact = denoise.solve(noise * 80, 80.0, 0.002)
@@ -165,7 +165,7 @@ def test_midpoint_gains_an_order_on_every_gaussian_and_no_other_alpha_does(std):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("name,expected", [("euler", 1), ("heun", 2), ("midpoint", 2)])
+@pytest.mark.parametrize("name,expected", [("euler", 1), ("heun", 2), ("midpoint", 2), ("dpmpp", 2)])
 def test_order_on_the_mixture(schedule, name, expected):
     denoise, noise, n = bumps(), randn(8, 4), [128, 256, 512]
     exact = rk45(denoise, noise, edm_sigmas(2)[:-1], rtol=1e-9, atol=1e-9)
@@ -236,11 +236,72 @@ def test_bad_solver_parameters(make, value):
     with pytest.raises(ValueError): make(value)
 
 
-@pytest.mark.parametrize("name,nfe", [("euler", 18), ("heun", 35), ("rk2(1)", 35), ("midpoint", 36), ("ab3", 18)])
+@pytest.mark.parametrize("name,nfe", [("euler", 18), ("heun", 35), ("rk2(1)", 35), ("midpoint", 35), ("ralston", 35), ("ab3", 18)])
 def test_nfe(name, nfe):
     counter = count_nfe(bumps())
     sample_ode(counter, randn(2, 4), edm_sigmas(18), solver=SOLVERS[name])
     assert counter.nfe == nfe
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.9, 2/3, 0.5, 0.3])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_family_written_from_algorithm_3(alpha, schedule):
+    "An independent loop over Eq. 4: two slopes a step, Euler's last step to sigma = 0, 2N - 1 evaluations for every alpha."
+    sigmas, x, calls = edm_sigmas(7), randn(6, 4), count_nfe(bumps())
+    t = [float(v) for v in schedule.sigma_inv(sigmas)]
+    state = x * sigmas[0] * schedule.scale(torch.tensor(t[0], dtype=torch.float64))
+    for now, then in zip(t[:-1], t[1:]):
+        h, d = then - now, ode_derivative(calls, state, now, schedule)
+        if then == 0: state = state + h*d
+        else:
+            inner = ode_derivative(calls, state + alpha*h*d, now + alpha*h, schedule)
+            state = state + h*((1 - 1/(2*alpha))*d + inner/(2*alpha))
+    counter = count_nfe(bumps())
+    torch.testing.assert_close(sample_ode(counter, x, sigmas, schedule, rk2(alpha)), state, rtol=1e-9, atol=1e-9)
+    assert counter.nfe == calls.nfe == 2*7 - 1
+
+
+# ---- the exponential integrator ----
+
+def test_dpmpp_is_the_published_recursion():
+    "Written from lambda, r and D as its paper has it (data prediction, 2M), sigma = t and s = 1."
+    denoise, sigmas, x = bumps(), edm_sigmas(9), randn(6, 4)
+    state, old, lam = x * sigmas[0], None, -sigmas[:-1].log()
+    for i in range(9):
+        D = denoise(state, sigmas[i])
+        if sigmas[i+1] == 0: state = D
+        else:
+            h = lam[i+1] - lam[i]
+            blend = D
+            if old is not None:
+                r = (lam[i] - lam[i-1]) / h
+                blend = (1 + 1/(2*r))*D - old/(2*r)
+            state = sigmas[i+1]/sigmas[i]*state - torch.expm1(-h)*blend
+        old = D
+    counter = count_nfe(denoise)
+    torch.testing.assert_close(sample_ode(counter, x, sigmas, solver=dpmpp_2m), state, rtol=1e-11, atol=1e-11)
+    assert counter.nfe == 9
+    torch.testing.assert_close(sample_ode(denoise, x, sigmas, VP, dpmpp_2m), state, rtol=1e-9, atol=1e-9)   # the schedule does not matter
+
+
+def test_dpmpp_without_history_is_euler():
+    flow, x = Flow(bumps()), randn(6, 4)
+    torch.testing.assert_close(dpmpp_2m(flow, x, 3.0, 2.0), euler(flow, x, 3.0, 2.0), rtol=1e-12, atol=1e-12)
+
+
+def test_the_noisy_variant_is_exact_for_a_single_image_and_needs_no_noise_at_eta_0():
+    "D constant: x - D is Gaussian, and every step must leave it with variance sigma^2, whatever the steps and eta."
+    noise = lambda x: torch.randn(x.shape, generator=g, dtype=x.dtype)
+    for eta in (0.5, 1.0, 2.0):
+        g = torch.Generator().manual_seed(5)   # not the seed of the start
+        states = list(ode_states(lambda x, sigma: torch.full_like(x, 0.7), randn(40_000, 1), edm_sigmas(6), solver=dpmpp_2m_sde(noise, eta)))
+        for x, sigma in zip(states[1:-1], edm_sigmas(6)[1:-1]): assert abs(((x - 0.7)/sigma).var().item() - 1) < 0.03, (eta, sigma)
+        assert torch.equal(states[-1], torch.full_like(states[-1], 0.7))
+    drawn = []
+    dpmpp_2m_sde(lambda x: drawn.append(1), 0.0)(Flow(bumps()), randn(2, 4), 2.0, 1.0)
+    assert not drawn
+    for eta in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="eta"): dpmpp_2m_sde(torch.randn_like, eta)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, VP, VE], ids=["linear", "vp", "ve"])
@@ -446,7 +507,7 @@ def test_cuda_without_synchronisation():
 # ---- bad input ----
 
 @pytest.mark.parametrize("sigmas,message", [([1.0, -0.1], "negative"), ([1.0], "at least two"), ([], "at least two"), ([[1.0, 0.0]], "at least two"),
-    ([1.0, 2.0], "decrease"), ([1.0, 1.0, 0.0], "decrease"), ([math.nan, 0.0], "finite"), ([math.inf, 0.0], "finite"), ([1.0, 0.0, 0.0], "decrease")])
+    ([1.0, 2.0], "decreasing"), ([1.0, 1.0, 0.0], "decreasing"), ([math.nan, 0.0], "finite"), ([math.inf, 0.0], "finite"), ([1.0, 0.0, 0.0], "decreasing")])
 def test_bad_sigmas(sigmas, message):
     for run in (sample_ode, invert_ode, ode_states, rk45):
         with pytest.raises(ValueError, match=message): run(bumps(), randn(2, 4), torch.tensor(sigmas, dtype=torch.float64))
@@ -492,6 +553,44 @@ def test_other_non_finite_values():
     once = iter([math.nan])
     with pytest.raises(ValueError, match="second run"): sample_ode(lambda x, sigma: x*next(once, 0.5), randn(2, 4), edm_sigmas(4))
     assert is_finite(randn(3)) and not is_finite(torch.tensor([1.0, math.inf])) and not is_finite(torch.tensor([math.inf, -math.inf]))
+
+
+@pytest.mark.parametrize("dtype,size", [(torch.float16, 60_000.), (torch.bfloat16, 3e38), (torch.float32, 3e38), (torch.float64, 1e308)])
+def test_finiteness_is_exact_in_every_precision(dtype, size):
+    "Large finite numbers whose sum overflows are finite; one bad element among them is found; nothing is too small."
+    x = torch.full((70_000,), size, dtype=dtype)
+    assert x.sum().isinf() and is_finite(x) and is_finite(-x) and require_finite(x) is x and is_finite(x[:0])
+    for bad in (math.nan, math.inf, -math.inf):
+        y = x.clone()
+        y[12_345] = bad
+        assert not is_finite(y) and not math.isfinite(peak(y)) and not is_finite(y[12_345:12_346])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_samplers_do_not_blame_the_denoiser(dtype):
+    "32 images of 3x32x32: their sum leaves float16, no element does."
+    shrink = lambda x, sigma: x * (0.25 / (0.25 + sigma.double()**2)).to(x.dtype) - (0.9*sigma.double()**2/(0.25 + sigma.double()**2)).to(x.dtype)
+    out = sample_ode(shrink, randn(32, 3, 32, 32).to(dtype), edm_sigmas(18), dtype=dtype)
+    assert out.dtype == dtype and out.isfinite().all()
+    with pytest.raises(ValueError, match="left the range of torch.float16 at step 0"):
+        sample_ode(lambda x, sigma: x, torch.full((2, 3), 1000., dtype=torch.float16), edm_sigmas(4), dtype=torch.float16)
+    assert "second run" in explain_non_finite(bumps(), randn(2, 4), edm_sigmas(4))
+
+
+def test_what_is_no_state_is_refused_by_every_sampler():
+    "dtypes that are no floats, numbers without data, complex levels."
+    for run in (sample_ode, invert_ode, rk45, ode_states):
+        for bad in (torch.int64, torch.complex64, torch.bool, "float32"):
+            with pytest.raises(ValueError, match="dtype must be a floating-point"): run(bumps(), randn(2, 4), edm_sigmas(4), dtype=bad)
+        with pytest.raises(ValueError, match="meta device"): run(bumps(), torch.ones(2, 4, device="meta"), edm_sigmas(4))
+        with pytest.raises(ValueError, match="real numbers"): run(bumps(), randn(2, 4), edm_sigmas(4) + 0j)
+        with pytest.raises(ValueError, match="real numbers"): run(bumps(), randn(2, 4), edm_sigmas(4).to("meta"))
+        with pytest.raises(ValueError, match="sequence of numbers"): run(bumps(), randn(2, 4), ["a", "b"])
+
+
+@pytest.mark.parametrize("levels", ROWS.values(), ids=ROWS)
+def test_absurd_numbers_of_steps_are_refused(levels):
+    with pytest.raises(ValueError): levels(10**9)
 
 
 # ---- the spectrum of photographs that chapters 00 and 01 read ----

@@ -586,7 +586,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="cannot start"): sde_states(gaussian(), x, torch.tensor([0.0, 1.0]), ones)
     with pytest.raises(ValueError, match="beta"): sample_sde(gaussian(), x, edm_sigmas(4), lambda t: -1.0)
     with pytest.raises(ValueError, match="beta"): sample_sde(gaussian(), x, edm_sigmas(4), lambda t: math.nan)
-    with pytest.raises(ValueError, match="decrease"): sample(gaussian(), x, edm_sigmas(4).flip(0))
+    with pytest.raises(ValueError, match="decreas"): sample(gaussian(), x, edm_sigmas(4).flip(0))
     with pytest.raises(ValueError, match="shape"): langevin(lambda x, s: x[:1], x, 1.0, 1)
     with pytest.raises(ValueError, match="floating"): langevin(gaussian(), x.long(), 1.0, 1)
 
