@@ -75,15 +75,15 @@ export const churn = {
     excess: range("denoiser takes away", 0, -0.1, 0.1, { format: v => (v < 0 ? "−" : "+") + percent(Math.abs(v), 1), hint: "more noise (+) than there is, or less" }),
     pull: range("denoiser pulls to the mean", 0, 0, 0.1, { format: v => percent(v, 1), hint: "a share of the way, at every level" }),
     N: range("steps <i>N</i>", 24, 4, 128, { step: 1, log: true }),
-    seed: range("seed", 1, 1, 40, { step: 1 }),
+    seed: range("seed", 4, 1, 40, { step: 1 }),
     time: range("moment", 1, 0, 1, { apart: true, format: v => percent(v) }),
   },
   tries: [
-    { text: "<b>Churn needs steps.</b> With 10 steps every climb is paid by a longer step down: the blobs come out too wide. Raise N to 64 and the same noise does no harm to Algorithm 2, while Euler–Maruyama still gets the shares wrong.",
+    { text: "<b>Churn needs steps.</b> With 10 steps every climb is paid by a longer step down: the blobs come out too wide, and the SDE does not even get their shares right. Raise N to 64, and the same noise does no harm.",
       set: { N: 10, S_churn: 10 } },
-    { text: "<b>Noise heals.</b> This denoiser takes away 5 % too much, and without churn the blobs end 15 % too narrow. Raise S_churn to 60: every climb gives the points a fresh start. S_noise = 1.03 does the rest.",
+    { text: "<b>Noise heals.</b> This denoiser takes away 5 % too much, and without churn the blobs end too narrow, by up to a sixth. Raise S_churn to 60: every climb gives the points a fresh start. S_noise = 1.03 does the rest.",
       set: { excess: 0.05, S_churn: 0, N: 64 } },
-    { text: "<b>Noise repeats.</b> This one pulls 5 % towards the mean, every time it is asked, and churn asks again and again: set S_churn to 0 and compare. Then 60 again with S_tmin = 0.3: no noise where the pull is worst.",
+    { text: "<b>Noise repeats.</b> This one pulls 5 % towards the mean whenever it is asked, and churn asks again and again. Set S_churn to 0 and watch the shift of the centres. Then 60 again, with S_tmin = 0.3: no noise where the pull is worst.",
       set: { pull: 0.05, S_churn: 60, N: 64 } },
   ],
   build(stage, makeControl) {
@@ -105,7 +105,7 @@ export const churn = {
     plots.append(element("div", { class: "scroll late" }, element("table", {},
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "at the end (truth)"), ...columns.map(([, name]) => element("th", { scope: "col", html: name })))),
       element("tbody", {}, ...rows.map(([row, name]) => element("tr", {}, element("th", { scope: "row" }, name), ...columns.map(([column]) => cell(row, column))))))));
-    plots.append(element("p", { class: "aside late" }, "All are measured at the end, and 500 points are few: exact draws (mean of 12 sets) show the floor. Widths and shifts are in units of the blob's own width. Distance: sliced Wasserstein-2 to the exact density, in data units."));
+    plots.append(element("p", { class: "aside late" }, "All are measured at the end, and 500 points are few: exact draws (mean and standard deviation of 12 sets) show the floor. Widths and shifts are in units of the blob's own width. Distance: sliced Wasserstein-2 to the exact density, in data units."));
 
     let distance = null, plain = null, paths = null, owners = null, run = null, floor = null;
     const points = new Float64Array(2 * PARTICLES), frames = { drawn: 0, ms: [] };
@@ -117,7 +117,7 @@ export const churn = {
       distance ??= numerics.slicedDistance(MIX, PARTICLES, 8);
       const report = (column, { share, width, shift }, d) => {
         const show = (name, value, text) => { const cell = cells[name]; cell.dataset.value = value; if (cell.firstChild?.data !== text) cell.textContent = text; };
-        share.forEach((v, k) => show(`share${k}.${column}`, v, percent(v, column === "exact" ? 0 : 1)));
+        share.forEach((v, k) => show(`share${k}.${column}`, v, percent(v, 1)));
         width.forEach((v, k) => show(`width${k}.${column}`, v, Number.isFinite(v) ? fixed(v, 2) : "–"));
         show(`shift.${column}`, shift, fixed(shift, 2));
         show(`distance.${column}`, d, fixed(d, 3));
@@ -131,9 +131,14 @@ export const churn = {
       const same = [state.N, state.excess, state.pull, state.seed].join();
       if (plain !== same) { plain = same; const path = algorithm2(D, state, { S_noise: 1 }), end = path[path.length - 1].x; report("heun", census(end), distance(end)); }
       if (!floor) {
-        const draws = Array.from({ length: 12 }, (_, i) => numerics.draw(MIX, numerics.generator(1000 + i), PARTICLES)), all = draws.map(census), mean = list => list.reduce((a, b) => a + b, 0) / list.length;
-        floor = { share: [0, 1, 2].map(k => mean(all.map(c => c.share[k]))), width: [0, 1, 2].map(k => mean(all.map(c => c.width[k]))), shift: mean(all.map(c => c.shift)) };
-        report("exact", floor, mean(draws.map(distance)));
+        floor = Array.from({ length: 12 }, (_, i) => { const x = numerics.draw(MIX, numerics.generator(1000 + i), PARTICLES); return { ...census(x), distance: distance(x) }; });
+        const show = (name, pick, text) => {
+          const values = floor.map(pick), mean = values.reduce((a, b) => a + b) / 12, spread = Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / 11);
+          cells[`${name}.exact`].dataset.value = mean;
+          cells[`${name}.exact`].textContent = `${text(mean)} ± ${text(spread)}`;
+        };
+        for (const k of [0, 1, 2]) { show(`share${k}`, c => c.share[k], v => fixed(100 * v, 0)); show(`width${k}`, c => c.width[k], v => fixed(v, 2)); }
+        show("shift", c => c.shift, v => fixed(v, 2)); show("distance", c => c.distance, v => fixed(v, 3));
       }
       frames.steps = paths[0].length;
     };

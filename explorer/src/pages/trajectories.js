@@ -42,7 +42,7 @@ export const trajectories = {
   tries: [
     { text: "<b>Under σ = t every tangent ends in D.</b> Move “tangent at step”: the line meets the left edge at the pink dot. Now choose VE or VP: it misses, so a long Euler step must miss too. Flow hits again.",
       set: { schedule: "linear", solver: "euler", N: 8, tangent: 3 } },
-    { text: "<b>ρ trades early error for late error.</b> With Heun and 8 steps move ρ from 1 to 20 and watch the number: the error is lowest in between.",
+    { text: "<b>ρ trades early error for late error.</b> With Heun and 8 steps move ρ from 1 to 20 and watch the error: it is lowest in between, near 2 for these wide bumps. Raise σ<sub>max</sub> to 80, where most levels lie far above the data, and the best ρ moves up.",
       set: { solver: "heun", N: 8, rho: 1 } },
     { text: "<b>Slopes on log-log axes are orders.</b> Euler falls as 1/N, Heun, DPM++(2M) and the α-family as 1/N² once the steps resolve the bumps. Make the bumps narrow: all must wait longer for their order.",
       set: { solver: "dpmpp2m", N: 16, width: 0.3, cost: "steps" } },
