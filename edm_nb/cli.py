@@ -323,7 +323,7 @@ def write_images(out:Path, seeds:list[int], images:Tensor, labels:Tensor|None, c
     "One sheet, one npz, one zip, by the ending of `out`; whole or not at all. Labels are classes `[N]` or vectors `[N, D]`."
     if out.suffix == ".png": return save_png(out, images, columns)
     if out.suffix == ".zip": return write_zip(out, ImageSet(images, labels, name=out.stem)) or out
-    arrays = dict(images=images.numpy(), seeds=np.array(seeds))
+    arrays = dict(images=images.numpy(), seeds=np.array(seeds), layout="NCHW")
     if labels is not None: arrays["labels"] = labels.numpy()
     def write(path):
         with open(path, "wb") as file: np.savez_compressed(file, **arrays)   # a file object: numpy adds no ending

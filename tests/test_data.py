@@ -20,8 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from edm_nb import data
-from edm_nb import pickles
+from edm_nb import archives, data, images, pickles
 from edm_nb.data import ImageSet, load_images, write_zip
 from edm_nb.files import DataError
 from edm_nb.randomness import IndexStream
@@ -149,7 +148,7 @@ def test_all_sources_agree(tmp_path):
         archive.extractall(tmp_path/"folder")
     for i, (image, label) in enumerate(zip(original.images, original.labels)):
         (tmp_path/"classes"/f"class {label}").mkdir(parents=True, exist_ok=True)
-        (tmp_path/"classes"/f"class {label}"/f"{i:03d}.png").write_bytes(data.png_bytes(image.numpy()))
+        (tmp_path/"classes"/f"class {label}"/f"{i:03d}.png").write_bytes(images.png_bytes(image.numpy()))
     np.savez(tmp_path/"nchw.npz", images=original.images.numpy(), labels=original.labels.numpy())
     np.savez_compressed(tmp_path/"nhwc.npz", images=original.images.permute(0, 2, 3, 1).numpy(), labels=original.labels.numpy())
     for name in ("set.zip", "folder", "nchw.npz", "nhwc.npz"):
@@ -180,16 +179,16 @@ def test_workers_do_not_matter(tmp_path):
 
 def test_small_images_get_one_thread(tmp_path, monkeypatch):
     seen = []
-    class Pool(data.ThreadPoolExecutor):
+    class Pool(archives.ThreadPoolExecutor):
         def __init__(self, workers):
             seen.append(workers)
             super().__init__(workers)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(archives.os, "cpu_count", lambda: 6)
     write_zip(tmp_path/"small.zip", random_set(5))
     write_zip(tmp_path/"large.zip", random_set(5, height=64, width=64))
-    monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(archives, "ThreadPoolExecutor", Pool)
     for name, workers in (("small", None), ("large", None), ("small", 3)):
-        data.decode_all(data.open_zip(tmp_path/f"{name}.zip"), workers=workers)
+        archives.decode_all(archives.open_zip(tmp_path/f"{name}.zip"), workers=workers)
     assert seen == [1, 6, 3]
 
 
@@ -293,7 +292,7 @@ data.memory_bytes = lambda: 2**28
 entry = Path({str(tmp_path)!r})/'entry'; entry.mkdir()
 images = np.lib.format.open_memmap(entry/'images.npy', 'w+', np.uint8, (87382, 3, 32, 32))
 images[::1000] = 7; images.flush(); del images
-(entry/'meta.json').write_text(json.dumps(dict(crc='', shape=[87382, 3, 32, 32], labels=False, class_names=[])))
+(entry/'meta.json').write_text(json.dumps(dict(crc='', shape=[87382, 3, 32, 32], labels=False, class_names=[], notes={{}})))
 def own(): return [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')][0]
 before = own()
 found = data.ImageSet(data.as_tensor(data.read_cache(entry)[0]))
@@ -346,7 +345,7 @@ def zip_of(path, members):
     return path
 
 
-GOOD = data.png_bytes(np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8))
+GOOD = images.png_bytes(np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8))
 HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 60000, 60000) + b"\x08\x02\0\0\0" + bytes(4)
 LABELS = '{"labels": [["a.png", 0], ["b.png", 1]]}'
 
@@ -354,8 +353,8 @@ BAD_MEMBERS = [
     ({}, "no images inside"), ({"a.txt": "x"}, "no images inside"), ({"a.png": b""}, "a.png is not a readable image"),
     ({"a.png": b"junk"}, "a.png is not a readable image"), ({"a.jpg": b"\xff\xd8\xff\xe0"}, "a.jpg is not a readable image"),
     ({"a.png": GOOD, "b.png": GOOD[:60]}, "b.png"), ({"a.png": GOOD[:70]}, "a.png cannot be decoded"),
-    ({"a.png": GOOD, "b.png": data.png_bytes(np.zeros((3, 8, 9), np.uint8))}, "b.png is 3×8×9 .* but a.png is 3×8×8"),
-    ({"a.png": GOOD, "b.png": data.png_bytes(np.zeros((1, 8, 8), np.uint8))}, "b.png is 1×8×8 .* but a.png is 3×8×8"),
+    ({"a.png": GOOD, "b.png": images.png_bytes(np.zeros((3, 8, 9), np.uint8))}, "b.png is 3×8×9 .* but a.png is 3×8×8"),
+    ({"a.png": GOOD, "b.png": images.png_bytes(np.zeros((1, 8, 8), np.uint8))}, "b.png is 1×8×8 .* but a.png is 3×8×8"),
     ({"a.png": HUGE}, "a.png declares 3 channels and 60000×60000"), ({"a.png": GOOD, "b.png": HUGE}, "b.png declares"),
     ({"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"}, "none of the formats"),
     ({"a.png": GOOD, "dataset.json": "{"}, "dataset.json is not JSON"), ({"a.png": GOOD, "dataset.json": "[" * 100_000}, "dataset.json"),
@@ -384,7 +383,7 @@ def test_bad_folder(tmp_path, members, match):
     (tmp_path/"bad").mkdir()
     for name, content in members.items():
         (tmp_path/"bad"/name).write_bytes(content.encode() if isinstance(content, str) else content)
-    refuse(lambda: load_images(tmp_path/"bad"), match.replace("no images inside", "no images in this folder"), "bad")
+    refuse(lambda: load_images(tmp_path/"bad"), match, "bad")
 
 
 def test_missing_and_empty(tmp_path):
@@ -393,7 +392,7 @@ def test_missing_and_empty(tmp_path):
     (tmp_path/"empty").mkdir()
     (tmp_path/"text.zip").write_text("not a zip")
     refuse(lambda: load_images(tmp_path/"empty.zip"), "the file is empty; expected", "empty.zip")
-    refuse(lambda: load_images(tmp_path/"empty"), "no images in this folder; expected", "empty")
+    refuse(lambda: load_images(tmp_path/"empty"), "no images inside; expected", "empty")
     refuse(lambda: load_images(tmp_path/"text.zip"), "not a readable zip", "text.zip")
 
 
@@ -429,8 +428,8 @@ def test_zip_bombs(tmp_path, monkeypatch):
     refuse(lambda: load_images(path), "a.png declares 73,400,320 bytes", "bomb.zip")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", GOOD)
-        archive.writestr("dataset.json", bytes(2 * 2**20))
-    refuse(lambda: load_images(path), "dataset.json declares 2,097,152 bytes", "bomb.zip")
+        archive.writestr("dataset.json", bytes(9 * 2**20))
+    refuse(lambda: load_images(path), "dataset.json declares 9,437,184 bytes", "bomb.zip")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for i in range(40):
             archive.writestr(f"{i}.png", bytes(2**20 * 30))
@@ -447,7 +446,7 @@ def test_escaping_names_write_nothing(tmp_path):
 
 def test_npz_floats_and_latents(tmp_path):
     x = np.random.default_rng(0).normal(0, 1, (5, 4, 8, 6)).astype(np.float64)
-    np.savez(tmp_path/"latents.npz", images=x, labels=np.eye(5))
+    np.savez(tmp_path/"latents.npz", images=x, labels=np.eye(5), layout="NCHW")
     found = load_images(tmp_path/"latents.npz")
     assert found.images.dtype == torch.float32 and np.allclose(found.images, x) and found.labels.shape == (5, 5)
 
@@ -508,12 +507,7 @@ def write_batches(folder, n=4, protocol=2):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_batches(tmp_path, protocol, monkeypatch):
-    folder = write_batches(tmp_path/"cifar-10-batches-py", protocol=protocol) if protocol < 5 else None
-    if protocol == 5:       # in-band buffers of numpy need another function, which is not on the list
-        folder = write_batches(tmp_path/"cifar-10-batches-py", protocol=4)
-        (folder/"data_batch_2").write_bytes(pickle.dumps(batch(4), 5))
-        refuse(lambda: load_images(folder), "refused", "data_batch_2")
-        return
+    folder = write_batches(tmp_path/"cifar-10-batches-py", protocol=protocol)
     monkeypatch.setattr(pickle, "load", lambda *a: pytest.fail("unpickled"))
     found, test = load_images(folder), load_images(folder, split="test")
     expected = np.concatenate([batch(4, i)[b"data"] for i in range(5)]).reshape(-1, 3, 32, 32)
