@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'FEATURES', 'quantise', 'check_uint8', 'Pixels', 'pixels', 'CifarFeatures',
            'assets', 'cifar_features', 'cifar_features_record', 'inception_weights', 'Inception', 'inception',
-           'metric_name', 'image_batches', 'extract', 'feature_stats', 'stats_distance', 'add_noise', 'blur', 'jpeg',
-           'pick_classes', 'ranks', 'rank_correlation', 'monotone']
+           'metric_name', 'image_batches', 'extract', 'feature_stats', 'stats_distance', 'require_level', 'add_noise',
+           'blur', 'jpeg', 'pick_classes', 'rank_correlation', 'monotone']
 
 # %% ../nbs/28_features.ipynb #17db61cb
 import hashlib, json, math, numpy as np, torch, warnings
@@ -19,15 +19,27 @@ from .frechet import FeatureStats, frechet_distance
 
 # %% ../nbs/28_features.ipynb #200a64f4
 def quantise(images:Tensor,    # float `[B, C, H, W]`, −1 black and 1 white
-             clip:bool=False,  # accept values outside [−1, 1], as samplers make them, and clip
+             clip:bool=False,  # clip values outside [−1, 1], as samplers make them
             ) -> Tensor:       # uint8 `[B, C, H, W]`
-    "Float images to bytes as published FIDs do. ValueError for bytes, NaN, and ranges that cannot be meant."
-    if not images.is_floating_point(): raise ValueError(f"expected float images in [-1, 1], got {images.dtype}; bytes need no quantising")
-    if not images.isfinite().all(): raise ValueError("images hold NaN or infinity; the sampler diverged")
+    """Float images to bytes as published FIDs do.
+
+    Raises ValueError for bytes, NaN, and ranges that cannot be meant.
+    """
+    if not images.is_floating_point():
+        raise ValueError(
+            f"expected float images in [-1, 1], got {images.dtype}; bytes need no "
+            "quantising")
+    if not images.isfinite().all():
+        raise ValueError("images hold NaN or infinity; the sampler diverged")
     low, high = images.min().item(), images.max().item()
-    if high > 2 and low >= 0: raise ValueError(f"values {low:g}..{high:g} look like bytes stored as floats; use x/127.5 - 1 first")
+    if high > 2 and low >= 0:
+        raise ValueError(
+            f"values {low:g}..{high:g} look like bytes stored as floats; use x/127.5 "
+            "- 1 first")
     if not clip and (low < -1 or high > 1):
-        raise ValueError(f"values {low:g}..{high:g} leave [-1, 1]; pass clip=True for the output of a sampler")
+        raise ValueError(
+            f"values {low:g}..{high:g} leave [-1, 1]; pass clip=True for the output "
+            "of a sampler")
     return (images*127.5 + 128).clip(0, 255).to(torch.uint8)
 
 # %% ../nbs/28_features.ipynb #8f0f5590
@@ -37,11 +49,17 @@ def check_uint8(images,        # what a feature network is about to read
                ) -> Tensor:    # the same tensor
     "ValueError unless `images` is uint8 `[B, C, H, W]` of the right shape."
     if not isinstance(images, Tensor) or images.ndim != 4:
-        raise ValueError(f"expected images [B, C, H, W], got {type(images).__name__} {tuple(getattr(images, 'shape', ()))}")
+        raise ValueError(
+            f"expected images [B, C, H, W], got {type(images).__name__} "
+            f"{tuple(getattr(images, 'shape', ()))}")
     if images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 images, got {images.dtype}: quantise() turns floats in [-1, 1] into bytes")
+        raise ValueError(
+            f"expected uint8 images, got {images.dtype}: quantise() turns floats in "
+            "[-1, 1] into bytes")
     if shape is not None and tuple(images.shape[1:]) != tuple(shape):
-        raise ValueError(f"{name} reads images {tuple(shape)}, got {tuple(images.shape[1:])}; resize them or use pixels(shape=...)")
+        raise ValueError(
+            f"{name} reads images {tuple(shape)}, got {tuple(images.shape[1:])}; "
+            "resize them or use pixels(shape=...)")
     return images
 
 # %% ../nbs/28_features.ipynb #36f81d12
@@ -58,42 +76,67 @@ class Pixels:
 
 # %% ../nbs/28_features.ipynb #d4b25c49
 def pixels(shape:tuple=(1, 8, 8),   # C, H, W of the images; the default is the digits
+           most:int=8192,           # values per image up to which this is sensible
           ) -> Pixels:
-    "Raw pixels as features, for small grey images. Not FID."
-    return Pixels(shape)
+    """Raw pixels as features, for small images. Not FID.
+
+    Raises ValueError for more than `most` values, because their covariance has the
+    square of that number of entries.
+    """
+    features = Pixels(shape)
+    if features.dim > most:
+        gib = 8*features.dim**2/2**30
+        raise ValueError(
+            f"{features.dim:,} pixel values an image: one covariance takes {gib:.1f} "
+            f"GiB and a distance about {8*gib:.0f} GiB; use --features inception, "
+            f"shrink the images, or allow it with pixels(shape, most={features.dim})")
+    return features
 
 # %% ../nbs/28_features.ipynb #e7acf06a
 class CifarFeatures:
-    "A small CIFAR-10 classifier as a feature network: convolution, max pooling and GELU only."
+    """A small CIFAR-10 classifier as a feature network: convolution, max pooling and
+    GELU only.
+    """
     name, dim, shape = "cifar-features", 448, (3, 32, 32)
     def __init__(self,
-                 weights:dict,   # tensors `conv0.weight` ... `conv6.bias`, `head.weight`, `head.bias`
+                 weights:dict,   # tensors `conv0.weight` to `conv6.bias`, `head.*`
                  hash:str,       # sha256 of the file they came from
                 ):
-        self.hash, self.weights = hash, {key: value.float() for key, value in weights.items()}
+        self.hash = hash
+        self.weights = {key: value.float() for key, value in weights.items()}
 
     def to(self, device) -> "CifarFeatures":
         "The same network on another device."
-        return CifarFeatures({key: value.to(device) for key, value in self.weights.items()}, self.hash)
+        weights = {key: value.to(device) for key, value in self.weights.items()}
+        return CifarFeatures(weights, self.hash)
 
     def _conv(self, x:Tensor, i:int, padding:int=1) -> Tensor:
-        return F.conv2d(x, self.weights[f"conv{i}.weight"], self.weights[f"conv{i}.bias"], padding=padding)
+        weight, bias = self.weights[f"conv{i}.weight"], self.weights[f"conv{i}.bias"]
+        return F.conv2d(x, weight, bias, padding=padding)
 
     @torch.no_grad()
     def __call__(self, images:Tensor) -> Tensor:
-        "uint8 `[B, 3, 32, 32]` to float32 `[B, 448]`: means after each block. ValueError for other shapes and types."
-        x = check_uint8(images, self.shape, self.name).to(self.weights["conv0.weight"].device).float()/127.5 - 1
-        x = F.gelu(self._conv(x.contiguous(memory_format=torch.channels_last), 0, padding=0))   # [B, 24, 31, 31]
+        """uint8 `[B, 3, 32, 32]` to float32 `[B, 448]`: means after each block.
+
+        Raises ValueError for other shapes and types.
+        """
+        device = self.weights["conv0.weight"].device
+        x = check_uint8(images, self.shape, self.name).to(device).float()/127.5 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.gelu(self._conv(x, 0, padding=0))             # [B, 24, 31, 31]
         means = []
-        for i in (1, 3, 5):                                                                     # 15, 7, 3 pixels
+        for i in (1, 3, 5):  # 15, 7, 3 pixels
             x = F.gelu(F.max_pool2d(self._conv(x, i), 2))
             x = F.gelu(self._conv(x, i + 1))
             means.append(x.mean((2, 3)))
         return torch.cat(means, 1)
 
     def logits(self, images:Tensor) -> Tensor:
-        "Class scores `[B, 10]`: the layer that trained the features, kept so that its accuracy can be checked."
-        last = self(images)[:, -self.weights["head.weight"].shape[1]:]        # the classifier reads the last block
+        """Class scores `[B, 10]`: the layer that trained the features, kept so that its
+        accuracy can be checked.
+        """
+        # the classifier reads the last block
+        last = self(images)[:, -self.weights["head.weight"].shape[1]:]
         return last @ self.weights["head.weight"].T + self.weights["head.bias"]
 
 # %% ../nbs/28_features.ipynb #cb2ed61e
@@ -105,46 +148,71 @@ def assets() -> Path:   # folder
 # %% ../nbs/28_features.ipynb #98bf2bbf
 def cifar_features(device="cpu",   # where it runs
                   ) -> CifarFeatures:
-    "The feature network that ships with the package, for 32×32 colour images. Not FID. ValueError for a damaged file."
+    """The feature network that ships with the package, for 32×32 colour images.
+
+    Not FID.
+
+    Raises ValueError for a damaged file.
+    """
     from safetensors.torch import load_file
     folder = assets()
-    hash, record = file_hash(folder/"cifar_features.safetensors"), cifar_features_record()
-    if hash != record["sha256"]: raise ValueError(f"{folder}/cifar_features.safetensors is not the file of its training record; reinstall the package")
-    return CifarFeatures(load_file(folder/"cifar_features.safetensors"), hash).to(device)
+    path, record = folder/"cifar_features.safetensors", cifar_features_record()
+    hash = file_hash(path)
+    if hash != record["sha256"]:
+        raise ValueError(
+            f"{folder}/cifar_features.safetensors is not the file of its training "
+            "record; reinstall the package")
+    return CifarFeatures(load_file(path), hash).to(device)
 
 # %% ../nbs/28_features.ipynb #fb74a7d0
-def cifar_features_record() -> dict:  # accuracy, seed, data, hardware, versions, date, hash
+def cifar_features_record() -> dict:   # accuracy, seed, data, hardware, date, hash
     "How the shipped feature network was trained."
     return json.loads((assets()/"cifar_features.json").read_text())
 
 # %% ../nbs/28_features.ipynb #376b22b4
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                 "weights-inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # %% ../nbs/28_features.ipynb #3ee3812a
-def inception_weights(path=None,                    # local file; None fetches it into torch's hub folder
+def inception_weights(path=None,  # local file; None fetches it into torch's hub folder
                       sha256:str=INCEPTION_SHA256,  # what the file must be
                      ) -> Path:                     # a file with that hash
-    "Find or fetch the Inception weights. FileNotFoundError, or ValueError when the hash is wrong."
-    given, path = path is not None, Path(path or Path(torch.hub.get_dir())/"checkpoints"/Path(INCEPTION_URL).name)
-    if given and not path.is_file(): raise FileNotFoundError(f"no Inception weights at {path}; leave the path out to download {INCEPTION_URL}")
+    """Find or fetch the Inception weights.
+
+    Raises FileNotFoundError, or ValueError when the hash is wrong.
+    """
+    given = path is not None
+    kept = Path(torch.hub.get_dir())/"checkpoints"/Path(INCEPTION_URL).name
+    path = Path(path) if given else kept
+    if given and not path.is_file():
+        raise FileNotFoundError(
+            f"no Inception weights at {path}; leave the path out to download "
+            f"{INCEPTION_URL}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=sha256[:16], progress=False)
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path),
+                                       hash_prefix=sha256[:16], progress=False)
     if (found := file_hash(path)) != sha256:
-        raise ValueError(f"{path}: sha256 {found[:16]}..., expected {sha256[:16]}...; it is not the published Inception, delete it or give another file")
+        raise ValueError(
+            f"{path}: sha256 {found[:16]}..., expected {sha256[:16]}...; it is not "
+            "the published Inception, delete it or give another file")
     return path
 
 # %% ../nbs/28_features.ipynb #5f371490
 class Inception:
-    "The Inception network of published FIDs, through torch-fidelity; it resizes to 299×299 itself."
+    """The Inception network of published FIDs, through torch-fidelity; it resizes to
+    299×299 itself.
+    """
     name, dim, shape = "inception", 2048, None
     def __init__(self, extractor, hash:str):
         self.extractor, self.hash = extractor, hash
 
     @torch.no_grad()
     def __call__(self, images:Tensor) -> Tensor:
-        "uint8 `[B, 1 or 3, H, W]` to float32 `[B, 2048]`; grey images are repeated to three channels."
+        """uint8 `[B, 1 or 3, H, W]` to float32 `[B, 2048]`; grey images are repeated to
+        three channels.
+        """
         check_uint8(images)
         if images.shape[1] == 1: images = images.expand(-1, 3, -1, -1)
         device = next(self.extractor.parameters()).device
@@ -155,18 +223,25 @@ def inception(path=None,                    # local weights; None downloads them
               device="cpu",                 # where it runs
               sha256:str=INCEPTION_SHA256,  # hash that the weights must have
              ) -> Inception:
-    "The network that makes a Fréchet distance an FID. ImportError without the extra `fid`; see `inception_weights` for files."
+    """The network that makes a Fréchet distance an FID.
+
+    Raises ImportError without the extra `fid`; see `inception_weights` for files.
+    """
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
+        from torch_fidelity.feature_extractor_inceptionv3 import (
+            FeatureExtractorInceptionV3 as Extractor)
     except ImportError as error:
-        raise ImportError("FID needs the Inception network of torch-fidelity: pip install 'edm_nb[fid]' (or use --features "
-                          "cifar-features, which needs nothing)") from error
+        raise ImportError("FID needs the Inception network of torch-fidelity: pip "
+                          "install 'edm_nb[fid]' (or use --features cifar-features, "
+                          "which needs nothing)") from error
     weights = inception_weights(path, sha256)
-    extractor = Extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
+    extractor = Extractor("inception-v3-compat", ["2048"],
+                          feature_extractor_weights_path=str(weights))
     return Inception(extractor.eval().to(device), sha256)
 
 # %% ../nbs/28_features.ipynb #8bd1c7e6
-FEATURES = {"pixels": pixels, "cifar-features": cifar_features, "inception": inception}    # names for the command line
+# names for the command line
+FEATURES = {"pixels": pixels, "cifar-features": cifar_features, "inception": inception}
 
 # %% ../nbs/28_features.ipynb #a01e7e0e
 def metric_name(features:str,   # name of a feature network
@@ -175,25 +250,28 @@ def metric_name(features:str,   # name of a feature network
     return "FID" if features == "inception" else f"Fréchet distance ({features})"
 
 # %% ../nbs/28_features.ipynb #c56129c6
-def image_batches(images,              # uint8 `[N, C, H, W]`, an ImageSet, or an iterable of either
+def image_batches(images,  # uint8 `[N, C, H, W]`, an ImageSet, or an iterable of either
                   batch_size:int=256,  # images per batch
                  ) -> Iterator[Tensor]:
     "All images in batches; the last may be smaller, none is dropped."
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = [images] if isinstance(images, Tensor) or hasattr(images, "images") else images
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    one = isinstance(images, Tensor) or hasattr(images, "images")
+    parts = [images] if one else images
     for part in parts: yield from getattr(part, "images", part).split(batch_size)
 
 # %% ../nbs/28_features.ipynb #849f9f7b
-def extract(images,              # uint8 `[N, C, H, W]`, an ImageSet, or an iterable of either
+def extract(images,  # uint8 `[N, C, H, W]`, an ImageSet, or an iterable of either
             features,            # a feature network
             batch_size:int=256,  # images per call
            ) -> Tensor:          # float32 `[N, dim]`
     "Features of all images, kept; for KID, precision and recall, and neighbours."
-    return torch.cat([features(batch).cpu() for batch in image_batches(images, batch_size)])
+    batches = image_batches(images, batch_size)
+    return torch.cat([features(batch).cpu() for batch in batches])
 
 # %% ../nbs/28_features.ipynb #e54c72c5
-def feature_stats(images,              # uint8 `[N, C, H, W]`, an ImageSet, or an iterable of either
-                  features,            # a feature network: `.name`, `.dim`, `.hash`, callable
+def feature_stats(images,  # uint8 `[N, C, H, W]`, an ImageSet, or an iterable of either
+                  features,  # a feature network: `.name`, `.dim`, `.hash`, callable
                   batch_size:int=256,  # images per call
                  ) -> FeatureStats:
     "Mean and covariance of the features of images."
@@ -205,53 +283,72 @@ def feature_stats(images,              # uint8 `[N, C, H, W]`, an ImageSet, or a
 def stats_distance(a:FeatureStats,   # usually the samples
                    b:FeatureStats,   # usually the reference
                   ) -> float:        # squared Fréchet distance
-    "Fréchet distance of two sets of statistics. ValueError for different networks; warns when n is below the dimension."
+    """Fréchet distance of two sets of statistics.
+
+    Raises ValueError for different networks; warns when n is below the dimension.
+    """
     if a.name and b.name and (a.name, a.hash) != (b.name, b.hash):
-        raise ValueError(f"different feature networks: {a} and {b}; compute both with the same one")
+        raise ValueError(
+            f"different feature networks: {a} and {b}; compute both with the same one")
     for stats in (a, b):
         if stats.n is not None and stats.n < stats.dim:
-            warnings.warn(f"{stats.n} samples for {stats.dim}-dimensional features: the covariance is singular and the distance "
-                          "far too large; use more samples, or KID", stacklevel=2)
+            warnings.warn(
+                f"{stats.n} samples for {stats.dim}-dimensional features: the "
+                "covariance is singular and the distance far too large; use more "
+                "samples, or KID",
+                stacklevel=2)
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 # %% ../nbs/28_features.ipynb #3c2a7368
+def require_level(value:float,      # amount of damage
+                  name:str="level", # for the message
+                 ) -> float:        # the same
+    "Refuse a negative or non-finite amount."
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a number >= 0, got {value}")
+    return value
+
 def add_noise(images:Tensor,   # uint8 `[B, C, H, W]`
               level:float,     # standard deviation, in units of the full range 0..255
               generator:torch.Generator|None=None,
              ) -> Tensor:      # uint8
     "White Gaussian noise."
-    noise = torch.randn(images.shape, generator=generator)
-    return (images.float() + 255*level*noise).round().clamp(0, 255).byte()
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
+    noisy = images.float() + 255*require_level(level)*noise
+    return noisy.round().clamp(0, 255).byte()
 
 # %% ../nbs/28_features.ipynb #5fdaa962
 def blur(images:Tensor,   # uint8 `[B, C, H, W]`
          level:float,     # standard deviation of the Gaussian, in pixels
         ) -> Tensor:      # uint8
     "Gaussian blur with reflected borders; level 0 changes nothing."
-    if level == 0: return images
-    radius = min(math.ceil(3*level), min(images.shape[2:]) - 1)
-    kernel = torch.exp(-torch.arange(-radius, radius + 1).float()**2/(2*level**2))
-    kernel = (kernel/kernel.sum()).expand(images.shape[1], 1, 1, -1)
-    x = F.pad(images.float(), (radius,)*4, mode="reflect")
-    x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
-    return x.round().clamp(0, 255).byte()
+    if require_level(level) == 0: return images
+    from torchvision.transforms.v2.functional import gaussian_blur
+    size = 2*min(math.ceil(3*level), min(images.shape[2:]) - 1) + 1
+    return gaussian_blur(images, [size, size], [level, level])
 
 # %% ../nbs/28_features.ipynb #a68364db
 def jpeg(images:Tensor,   # uint8 `[B, 1 or 3, H, W]`
          quality:int,     # 1 (worst) to 95
-         offset:int=0,    # pixels by which the grid of 8×8 blocks is moved; 4 keeps it away from an earlier compression
+         offset:int=0,    # pixels by which the grid of 8×8 blocks is moved
         ) -> Tensor:      # uint8
-    "Compress every image as JPEG and read it back."
+    """Compress every image as JPEG and read it back.
+
+    An offset of 4 keeps the grid away from that of an earlier compression.
+    """
     import io
     from PIL import Image
+    if not 1 <= quality <= 95: raise ValueError(f"quality is 1 to 95, got {quality}")
     height, width = images.shape[2:]
-    padded = F.pad(images.float(), (offset,)*4, mode="reflect").byte() if offset else images
+    pad = (offset,)*4
+    padded = F.pad(images.float(), pad, mode="reflect").byte() if offset else images
     result = []
     for image in padded.permute(0, 2, 3, 1).numpy():
         file = io.BytesIO()
         Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
         result.append(np.asarray(Image.open(file)).reshape(image.shape))
-    return torch.from_numpy(np.stack(result)).permute(0, 3, 1, 2)[:, :, offset:offset+height, offset:offset+width]
+    read = torch.from_numpy(np.stack(result)).permute(0, 3, 1, 2)
+    return read[:, :, offset:offset+height, offset:offset+width]
 
 # %% ../nbs/28_features.ipynb #6de41392
 def pick_classes(labels:Tensor,    # int64 `[N]`
@@ -259,36 +356,45 @@ def pick_classes(labels:Tensor,    # int64 `[N]`
                  n:int,            # images to pick
                  generator:torch.Generator|None=None,
                 ) -> Tensor:       # int64 `[n]`, indices, none twice
-    "Draw a subset with given class shares, for missing and unequal classes. ValueError when a class is too small."
+    """Draw a subset with given class shares, for missing and unequal classes.
+
+    Raises ValueError when a class is too small.
+    """
     shares = torch.as_tensor(shares, dtype=torch.float64)
+    if not (shares.isfinite().all() and (shares >= 0).all() and shares.sum() > 0):
+        raise ValueError(
+            f"shares must be numbers >= 0, not all 0, got {shares.tolist()}")
     ends = (shares.cumsum(0)/shares.sum()*n).round().long()
     counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
     picked = []
     for label, count in enumerate(counts):
         pool = (labels == label).nonzero().flatten()
-        if count > len(pool): raise ValueError(f"class {label} has {len(pool)} images, {count} are needed")
+        if count > len(pool):
+            raise ValueError(
+                f"class {label} has {len(pool)} images, {count} are needed")
         picked.append(pool[torch.randperm(len(pool), generator=generator)[:count]])
     return torch.cat(picked)
 
 # %% ../nbs/28_features.ipynb #553d3b0e
-def ranks(values,   # `[n]`
-         ) -> np.ndarray:  # `[n]`, float, 0 for the smallest
-    "Ranks; equal values share their average rank."
-    values = np.asarray(values, float)
-    return ((values[None] < values[:, None]).sum(1) + ((values[None] == values[:, None]).sum(1) - 1)/2).astype(float)
-
-# %% ../nbs/28_features.ipynb #5eb38181
 def rank_correlation(a,   # `[n]`
                      b,   # `[n]`
                     ) -> float:  # Spearman's, −1 to 1
-    "Spearman's rank correlation. ValueError when one side is constant."
-    a, b = ranks(a), ranks(b)
-    if len(a) != len(b) or len(a) < 2 or a.std() == 0 or b.std() == 0: raise ValueError("rank correlation needs two equally long, not constant lists")
-    return float(np.corrcoef(a, b)[0, 1])
+    "Spearman's rank correlation. Raises ValueError where it is not defined."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise ValueError(
+            f"two equally long lists are needed, got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("rank correlation of NaN or infinity")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        raise ValueError("rank correlation needs lists that are not constant")
+    from scipy.stats import spearmanr
+    return float(spearmanr(a, b).statistic)
 
 # %% ../nbs/28_features.ipynb #16888f5f
 def monotone(levels:list,      # damage, growing
              measured:list,    # distance at each level
             ) -> bool:
     "Whether the distance grows at every step."
-    return all(b > a for a, b in zip(measured, measured[1:])) and len(levels) == len(measured)
+    grows = all(b > a for a, b in zip(measured, measured[1:]))
+    return grows and len(levels) == len(measured)

@@ -22,7 +22,8 @@ COLOURS = {
     "Euler": "#D55E00", "Heun": "#0072B2", "midpoint": "#56B4E9", "Ralston": "#999933",
     "multistep": "#882255", "RK45": "#444444",
     # samplers and other recurring roles
-    "ODE": "#0072B2", "SDE": "#D55E00", "Euler-Maruyama": "#E69F00", "Algorithm 2": "#009E73",
+    "ODE": "#0072B2", "SDE": "#D55E00",
+    "Euler-Maruyama": "#E69F00", "Algorithm 2": "#009E73",
     "data": "#777777", "theory": "#000000", "raw": "#D55E00", "EMA": "#0072B2",
 }
 
@@ -30,20 +31,28 @@ COLOURS = {
 def use_style() -> None:
     "Set matplotlib's defaults for the book: call once at the top of a chapter."
     mpl.rcParams.update({
-        "figure.figsize": (6.4, 3.6), "figure.dpi": 96, "savefig.dpi": 96, "savefig.bbox": "tight",
-        "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10,
-        "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "lines.linewidth": 1.8,
+        "figure.figsize": (6.4, 3.6), "figure.dpi": 96, "savefig.dpi": 96,
+        "savefig.bbox": "tight", "figure.constrained_layout.use": True,
+        "font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10,
+        "legend.fontsize": 9, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
+        "grid.linewidth": 0.6, "lines.linewidth": 1.8,
         "image.cmap": "gray", "image.interpolation": "nearest",
-        "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#444444"]),
+        "axes.prop_cycle": mpl.cycler(color=[
+            "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
+            "#444444"]),
     })
 
 # %% ../nbs/16_figures.ipynb #f19bd258
 def to_pixels(images:Tensor,   # `[B, C, H, W]`, uint8 or float in [-1, 1]
              ) -> np.ndarray:  # uint8 `[B, H, W]` (grey) or `[B, H, W, 3]`
-    "Images as matplotlib and PIL show them; floats are mapped by 127.5 x + 128 and clipped (the published protocol)."
+    """Images as matplotlib and PIL show them; floats are mapped by 127.5 x + 128 and
+    clipped (the published protocol).
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"expected images [B, 1 or 3, H, W], got {tuple(images.shape)}")
+        raise ValueError(
+            f"expected images [B, 1 or 3, H, W], got {tuple(images.shape)}")
     if images.dtype != torch.uint8:
         images = (images.detach().float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     images = images.cpu().permute(0, 2, 3, 1).numpy()   # [B, H, W, C]
@@ -56,10 +65,12 @@ def tile(images:Tensor,      # `[B, C, H, W]`, uint8 or float in [-1, 1]
         ) -> np.ndarray:     # one uint8 image
     "Lay a batch out row by row on a white sheet."
     pixels = to_pixels(images)
+    if not len(pixels): raise ValueError("there are no images to lay out")
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)
     h, w = pixels.shape[1:3]
-    sheet = np.full((rows*(h+pad) - pad, columns*(w+pad) - pad, *pixels.shape[3:]), 255, np.uint8)
+    size = rows*(h+pad) - pad, columns*(w+pad) - pad
+    sheet = np.full((*size, *pixels.shape[3:]), 255, np.uint8)
     for i, image in enumerate(pixels):
         y, x = (i//columns)*(h+pad), (i%columns)*(w+pad)
         sheet[y:y+h, x:x+w] = image
@@ -77,7 +88,8 @@ def show_images(images:Tensor,             # `[B, C, H, W]`
     if ax is None:
         columns = columns or math.ceil(math.sqrt(len(images)))
         rows = math.ceil(len(images) / columns)
-        _, ax = plt.subplots(figsize=(max(2.5, columns*scale), rows*scale + (0.35 if title else 0)))
+        size = max(2.5, columns*scale), rows*scale + (0.35 if title else 0)
+        _, ax = plt.subplots(figsize=size)
     ax.imshow(sheet, vmin=0, vmax=255)
     ax.set_axis_off()
     ax.set_title(title)
@@ -92,10 +104,13 @@ def strips(rows:list,            # one `[K, C, H, W]` tensor per row
           ):                     # the figure
     "Rows of images over common columns, each row and column named."
     n, k = len(rows), len(column_labels)
-    fig, axes = plt.subplots(n, k, figsize=(k*scale + 0.9, n*scale + (0.7 if title else 0.4)), squeeze=False)
+    size = k*scale + 0.9, n*scale + (0.7 if title else 0.4)
+    fig, axes = plt.subplots(n, k, figsize=size, squeeze=False)
     for row, label, line in zip(rows, row_labels, axes):
         for image, ax in zip(to_pixels(row), line):
-            ax.imshow(image, vmin=0, vmax=255); ax.set(xticks=[], yticks=[]); ax.grid(False)
+            ax.imshow(image, vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
             for spine in ax.spines.values(): spine.set_visible(False)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for ax, label in zip(axes[0], column_labels): ax.set_title(label, fontsize=9)
@@ -107,9 +122,12 @@ def not_measured(ax,              # matplotlib axis; its labels stay
                  how:str,         # the command that measures
                  values:str="y",  # which axis holds the values
                 ) -> None:
-    "Say in the middle of an axis that its numbers are still owed; the value axis loses its ticks, for nobody knows its range."
+    """Say in the middle of an axis that its numbers are still owed; the value axis
+    loses its ticks, for nobody knows its range.
+    """
     for minor in (False, True): getattr(ax, f"set_{values}ticks")([], minor=minor)
-    ax.text(0.5, 0.5, f"not yet measured:\n{how}", transform=ax.transAxes, ha="center", va="center", color="#555555",
+    ax.text(0.5, 0.5, f"not yet measured:\n{how}", transform=ax.transAxes,
+            ha="center", va="center", color="#555555",
             bbox=dict(facecolor="white", edgecolor="#AAAAAA", boxstyle="round,pad=0.5"))
 
 def made_on(result:dict|None,   # what `benchmarks/gpu_report.py` wrote, or None
@@ -118,7 +136,8 @@ def made_on(result:dict|None,   # what `benchmarks/gpu_report.py` wrote, or None
     if result is None: return "not yet measured"
     if result["toy"]: return "TOY RUN, these numbers mean nothing"
     where = result["environment"]
-    return f"{where['gpu']}, PyTorch {where['torch']}, {where['date'][:10]}, seed {result['seed']}"
+    return (f"{where['gpu']}, PyTorch {where['torch']}, {where['date'][:10]}, "
+            f"seed {result['seed']}")
 
 # %% ../nbs/16_figures.ipynb #a213f5e0
 def save_png(path,             # where the file goes; its folder is made if missing
@@ -129,4 +148,5 @@ def save_png(path,             # where the file goes; its folder is made if miss
     "Write a sheet of images as a PNG, atomically."
     from PIL import Image
     sheet = tile(images, columns).repeat(scale, 0).repeat(scale, 1)
-    return write_atomic(path, lambda temporary: Image.fromarray(sheet).save(temporary, "PNG"))
+    picture = Image.fromarray(sheet)
+    return write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))

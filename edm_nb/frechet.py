@@ -8,27 +8,40 @@ __all__ = ['as_moments', 'rounding_noise', 'cholesky_factor', 'pivoted_factor', 
            'save_stats', 'load_stats', 'world', 'gather_stats']
 
 # %% ../nbs/27_frechet.ipynb #30889a96
+import zipfile
 import math, numpy as np, torch
 from pathlib import Path
 from torch import Tensor
-from .files import write_atomic
+from .files import DataError, read_npz, write_atomic
 
 # %% ../nbs/27_frechet.ipynb #f19c3526
 def as_moments(mean,    # `[d]`, array or tensor
                cov,     # `[d, d]`, array or tensor
                which:str="statistics",  # name used in error messages
               ) -> tuple[Tensor, Tensor]:  # float64 `[d]` and symmetric `[d, d]`
-    "Check one mean and covariance. ValueError for wrong shapes, non-finite numbers or an asymmetric covariance."
+    """Check one mean and covariance.
+
+    Raises ValueError for wrong shapes, non-finite numbers or an asymmetric covariance.
+    """
+    if any(np.iscomplexobj(a) for a in (mean, cov)):
+        raise ValueError(f"{which}: complex numbers; a mean and a covariance are real")
     mean, cov = (torch.as_tensor(a).detach().to(torch.float64) for a in (mean, cov))
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        raise ValueError(f"{which}: expected mean [d] and covariance [d, d], got {tuple(mean.shape)} and {tuple(cov.shape)}")
-    largest = lambda x: torch.maximum(*(end.abs() for end in x.aminmax())) if x.numel() else x.sum()    # NaN and infinity survive
+        raise ValueError(
+            f"{which}: expected mean [d] and covariance [d, d], got "
+            f"{tuple(mean.shape)} and {tuple(cov.shape)}")
+    def largest(x):                 # NaN and infinity survive
+        return x.abs().amax() if x.numel() else x.sum()
     size = largest(cov)
     if not (mean.isfinite().all() and size.isfinite()):
-        raise ValueError(f"{which}: the statistics hold NaN or infinity; look for them in the features before averaging")
+        raise ValueError(
+            f"{which}: the statistics hold NaN or infinity; look for them in the "
+            "features before averaging")
     gap = cov - cov.T
     if largest(gap) > 1e-6*size:
-        raise ValueError(f"{which}: the covariance is not symmetric; was it read from the wrong file or key?")
+        raise ValueError(
+            f"{which}: the covariance is not symmetric; was it read from the wrong "
+            "file or key?")
     return mean, cov - gap.div_(2)
 
 # %% ../nbs/27_frechet.ipynb #2eb8a4b4
@@ -45,22 +58,29 @@ def cholesky_factor(cov:Tensor,     # symmetric `[d, d]`, float64
                    ) -> Tensor|None:  # lower triangular `[d, d]`, or None
     "Cholesky factor where the covariance is safely of full rank, else None."
     factor, failed = torch.linalg.cholesky_ex(cov)
-    return None if failed or factor.diagonal().min()**2 < 10*rounding_noise(cov) else factor
+    thin = failed or factor.diagonal().min()**2 < 10*rounding_noise(cov)
+    return None if thin else factor
 
 # %% ../nbs/27_frechet.ipynb #100f56de
 def pivoted_factor(cov:Tensor,     # symmetric positive semi-definite `[d, d]`, float64
                    block:int=128,  # features per step
-                  ) -> Tensor:     # `[d, r]` with factor @ factor.T = cov, r = numerical rank
-    "Factor of a covariance of any rank. ValueError when a direction has clearly negative variance."
+                  ) -> Tensor:  # `[d, r]`: factor @ factor.T = cov, r = numerical rank
+    """Factor of a covariance of any rank.
+
+    Raises ValueError when a direction has clearly negative variance.
+    """
     rest, parts, noise = cov.clone(), [cov[:, :0]], rounding_noise(cov)
     while rest.diagonal().max() > noise:
         pick = rest.diagonal().topk(min(block, len(cov))).indices
         values, vectors = torch.linalg.eigh(rest[pick][:, pick])
         keep = values > noise
-        parts.append((rest[:, pick] @ (vectors[:, keep]/values[keep].sqrt())).flip(1))        # largest first
+        part = rest[:, pick] @ (vectors[:, keep]/values[keep].sqrt())
+        parts.append(part.flip(1))              # largest first
         rest.addmm_(parts[-1], parts[-1].T, alpha=-1)
     if rest.abs().max() > 1e6*noise:
-        raise ValueError(f"not a covariance: some direction has the variance {torch.linalg.eigvalsh(cov)[0]:.3g}, which is negative")
+        raise ValueError(
+            "not a covariance: some direction has the variance "
+            f"{torch.linalg.eigvalsh(cov)[0]:.3g}, which is negative")
     return torch.cat(parts, 1)
 
 # %% ../nbs/27_frechet.ipynb #7bdd8fea
@@ -73,19 +93,19 @@ def add_gram(total:Tensor,   # `[d, d]`, its upper block triangle is changed in 
         total[i:i+block, i:].addmm_(rows[:, i:i+block].T, rows[:, i:])
 
 # %% ../nbs/27_frechet.ipynb #b717a6ec
-def roots_sum(gram:Tensor,        # symmetric `[k, k]`, float64; only the lower triangle is read
+def roots_sum(gram:Tensor,  # symmetric `[k, k]`, float64; its lower triangle is read
               log_det:Tensor,     # logarithm of its determinant, known from elsewhere
               tol:float=1e-13,    # largest relative error that is accepted
-             ) -> Tensor|None:    # scalar, or None where the determinant shows a larger error
+             ) -> Tensor|None:    # scalar; None where the determinant disagrees
     "Sum of the square roots of all eigenvalues."
     values = torch.linalg.eigvalsh(gram)
-    roots = values.sqrt()                             # NaN for a negative eigenvalue, which no comparison accepts
+    roots = values.sqrt()  # NaN for a negative eigenvalue, which no comparison accepts
     error = (values.log().sum() - log_det).abs()*(0.5/roots).sum()/(1/values).sum()
     return roots.sum() if error <= tol*roots.sum() else None
 
 # %% ../nbs/27_frechet.ipynb #6a0314e7
 def triangle_product(a:Tensor,         # lower triangular `[d, d]`
-                     b:Tensor|None=None,  # lower triangular `[d, d]`; None: `a` itself, and only the lower triangle is filled
+                     b:Tensor|None=None,  # the same; None: `a`, only the lower part
                      block:int=256,    # rows per block
                     ) -> Tensor:       # `[d, d]`, aᵀb
     "Product aᵀb of two lower triangles, without the blocks that are zero."
@@ -93,7 +113,8 @@ def triangle_product(a:Tensor,         # lower triangular `[d, d]`
     for i in range(0, len(a), block):
         for j in range(0, i + 1 if b is None else len(a), block):
             k = max(i, j)
-            torch.mm(a[k:, i:i+block].T, (a if b is None else b)[k:, j:j+block], out=product[i:i+block, j:j+block])
+            right = (a if b is None else b)[k:, j:j+block]
+            torch.mm(a[k:, i:i+block].T, right, out=product[i:i+block, j:j+block])
     return product
 
 # %% ../nbs/27_frechet.ipynb #543e5653
@@ -101,26 +122,28 @@ def singular_sum(product:Tensor,  # `[m, n]`, float64; columns from large to sma
                 ) -> Tensor:      # scalar
     "Sum of singular values, from the eigenvalues of a graded RRᵀ."
     if product.numel() == 0: return product.new_zeros(())
-    r = torch.linalg.qr(product if product.shape[0] >= product.shape[1] else product.T, mode="r").R
+    tall = product if product.shape[0] >= product.shape[1] else product.T
+    r = torch.linalg.qr(tall, mode="r").R
     found = roots_sum(triangle_product(r.T), 2*r.diagonal().abs().log().sum())
     return torch.linalg.svdvals(r).sum() if found is None else found
 
 # %% ../nbs/27_frechet.ipynb #7f9f094f
 def root_trace(cov1:Tensor,         # `[d, d]`, float64
                cov2:Tensor,         # `[d, d]`, float64
-               spread:float=1e3,    # of the pivots of both factors, up to which the plain product is tried
+               spread:float=1e3,    # of both factors' pivots, for the plain product
               ) -> Tensor:          # scalar
     "tr (Σ₁Σ₂)^½ as the sum of singular values of A₁ᵀA₂; any rank, never complex."
     order = cov1.diagonal().argsort(descending=True)
     cov1, cov2 = cov1[order[:, None], order], cov2[order[:, None], order]
     a1, a2 = cholesky_factor(cov1), cholesky_factor(cov2)
     if a1 is None or a2 is None:
-        a1, a2 = (pivoted_factor(cov) if a is None else a for a, cov in ((a1, cov1), (a2, cov2)))
+        a1 = pivoted_factor(cov1) if a1 is None else a1
+        a2 = pivoted_factor(cov2) if a2 is None else a2
         return singular_sum(a1.T @ a2)
     product, p1, p2 = triangle_product(a1, a2), a1.diagonal(), a2.diagonal()
     if p1.max()*p2.max() < spread*p1.min()*p2.min():
         gram = torch.zeros_like(product)
-        add_gram(gram, product)                                  # upper blocks of GᵀG, which has the same eigenvalues
+        add_gram(gram, product)  # upper blocks of GᵀG: the same eigenvalues
         found = roots_sum(gram.T, 2*(p1.log().sum() + p2.log().sum()))
         if found is not None: return found
     return singular_sum(product)
@@ -130,14 +153,20 @@ def frechet_distance(mean1,   # `[d]`, array or tensor
                      cov1,    # `[d, d]`
                      mean2,   # `[d]`
                      cov2,    # `[d, d]`
-                    ) -> float:  # squared distance, in squared units of the features; never negative
-    "Fréchet distance of two Gaussians. ValueError for dimensions that differ, non-finite or asymmetric input."
+                    ) -> float:  # squared, in squared feature units, >= 0
+    """Fréchet distance of two Gaussians.
+
+    Raises ValueError for dimensions that differ, non-finite or asymmetric input.
+    """
     mean1, cov1 = as_moments(mean1, cov1, "first statistics")
     mean2, cov2 = as_moments(mean2, cov2, "second statistics")
     if len(mean1) != len(mean2):
-        raise ValueError(f"feature dimensions differ: {len(mean1)} and {len(mean2)}; both sides need the same feature network")
+        raise ValueError(
+            f"feature dimensions differ: {len(mean1)} and {len(mean2)}; both sides "
+            "need the same feature network")
     mean2, cov2 = mean2.to(mean1.device), cov2.to(cov1.device)
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2*root_trace(cov1, cov2)
+    distance = (mean1 - mean2).square().sum()
+    distance += cov1.trace() + cov2.trace() - 2*root_trace(cov1, cov2)
     return max(distance.item(), 0.0)
 
 # %% ../nbs/27_frechet.ipynb #3a1134b0
@@ -145,12 +174,20 @@ def check_features(features:Tensor,   # what is about to be counted
                    dim:int,           # width it should have
                   ) -> Tensor:        # the same tensor
     "ValueError unless `features` is a finite floating-point `[B, dim]`."
+    if not isinstance(features, Tensor):
+        raise ValueError(
+            f"expected a tensor of features, got {type(features).__name__}; "
+            "torch.as_tensor makes one of an array")
+    if dim < 1: raise ValueError("features need at least one dimension, got none")
     if features.ndim != 2 or features.shape[1] != dim:
         raise ValueError(f"expected features [B, {dim}], got {tuple(features.shape)}")
     if not features.is_floating_point():
-        raise ValueError(f"expected float features, got {features.dtype}; pass images through a feature network first")
+        raise ValueError(
+            f"expected float features, got {features.dtype}; pass images through a "
+            "feature network first")
     if not features.isfinite().all():
-        raise ValueError("features hold NaN or infinity; the statistics were left unchanged")
+        raise ValueError(
+            "features hold NaN or infinity; the statistics were left unchanged")
     return features
 
 # %% ../nbs/27_frechet.ipynb #1ba6ca58
@@ -164,15 +201,22 @@ class FeatureStats:
                  rows:int=2048,      # features gathered before they are folded in
                 ):
         if dim < 1: raise ValueError(f"dim must be at least 1, got {dim}")
-        self.dim, self.name, self.hash, self.device, self.rows = dim, name, hash, device, rows
+        self.dim, self.name, self.hash = dim, name, hash
+        self.device, self.rows = device, rows
         self._n, self._mean = 0, torch.zeros(dim, dtype=torch.float64, device=device)
-        self._m2 = torch.zeros(dim, dim, dtype=torch.float64, device=device)     # scatter, upper blocks
+        # scatter matrix; only its upper blocks are filled
+        self._m2 = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._waiting, self._n_waiting = [], 0
 
     def update(self, features:Tensor) -> "FeatureStats":
-        "Add `[B, dim]` features of any float type. ValueError for other shapes and for NaN or infinity."
-        if self._n is None: raise ValueError("statistics without a sample count cannot grow")
-        self._waiting.append(check_features(features, self.dim).detach().to(self.device, copy=True))
+        """Add `[B, dim]` features of any float type.
+
+        Raises ValueError for other shapes and for NaN or infinity.
+        """
+        if self._n is None:
+            raise ValueError("statistics without a sample count cannot grow")
+        checked = check_features(features, self.dim).detach()
+        self._waiting.append(checked.to(self.device, copy=True))
         self._n_waiting += len(features)
         if self._n_waiting >= self.rows: self._fold()
         return self
@@ -193,13 +237,17 @@ class FeatureStats:
         self._mean, self._n = self._mean + delta*(n/total), total
 
     def merge(self, other:"FeatureStats") -> "FeatureStats":
-        "Add everything `other` has seen. ValueError when it comes from another network or has no count."
+        """Add everything `other` has seen.
+
+        Raises ValueError when it comes from another network or has no count.
+        """
         if (self.dim, self.name, self.hash) != (other.dim, other.name, other.hash):
             raise ValueError(f"cannot merge {other} into {self}: different features")
-        if self.n is None or other.n is None: raise ValueError("statistics without a sample count cannot be merged")
+        if self.n is None or other.n is None:
+            raise ValueError("statistics without a sample count cannot be merged")
         self._fold(); other._fold()
         if other._n:
-            m2 = other._m2.to(self.device, copy=True)            # copied first: other may be self
+            m2 = other._m2.to(self.device, copy=True)  # copied first: other may be self
             n, mean = other._n, other._mean.to(self.device)
             self._m2 += m2
             self._combine(n, mean, mean.new_zeros(0, self.dim))
@@ -219,8 +267,12 @@ class FeatureStats:
 
     @property
     def cov(self) -> Tensor:
-        "`[dim, dim]`, float64, divided by n − 1 as published FIDs do. ValueError when n < 2."
-        if self.n is not None and self.n < 2: raise ValueError(f"a covariance needs at least 2 samples, got {self.n}")
+        """`[dim, dim]`, float64, divided by n − 1 as published FIDs do.
+
+        Raises ValueError when n < 2.
+        """
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.n}")
         self._fold()
         full = self._m2.triu() + self._m2.triu(1).T
         return full if self._n is None else full/(self._n - 1)
@@ -231,7 +283,8 @@ class FeatureStats:
     def load(path) -> "FeatureStats": return load_stats(path)
 
     def __repr__(self) -> str:
-        return f"FeatureStats(dim={self.dim}, n={self.n}, name={self.name!r}, hash={self.hash[:12]!r})"
+        return (f"FeatureStats(dim={self.dim}, n={self.n}, name={self.name!r}, "
+                f"hash={self.hash[:12]!r})")
 
 # %% ../nbs/27_frechet.ipynb #44e09423
 def moments_stats(mean,             # `[d]`, array or tensor
@@ -240,35 +293,68 @@ def moments_stats(mean,             # `[d]`, array or tensor
                   name:str="",      # feature network
                   hash:str="",      # its hash
                  ) -> FeatureStats:
-    "Statistics from a mean and covariance that someone else computed."
+    """Statistics from a mean and covariance that someone else computed.
+
+    Raises ValueError for moments that cannot be, and for a count that is not a whole
+    number of at least 2.
+    """
     mean, cov = as_moments(mean, cov)
+    if n is not None:
+        if isinstance(n, bool) or int(n) != n or n < 2:
+            raise ValueError(
+                f"n must be a whole number of at least 2, or None, got {n}")
+        n = int(n)
     stats = FeatureStats(len(mean), name, hash)
-    stats._n, stats._mean, stats._m2 = n, mean.clone(), cov if n is None else cov*(n - 1)
+    stats._n, stats._mean = n, mean.clone()
+    stats._m2 = cov if n is None else cov*(n - 1)
     return stats
 
 # %% ../nbs/27_frechet.ipynb #02ad812b
 def save_stats(path,                # file to write, `.npz`
                stats:FeatureStats,  # what to write
               ) -> Path:            # the path
-    "Write statistics as npz with the published keys `mu` and `sigma`, plus count and feature network; atomic."
+    """Write statistics as npz with the published keys `mu` and `sigma`, plus count and
+    feature network; atomic.
+    """
+    n = -1 if stats.n is None else stats.n
     content = dict(mu=stats.mean.cpu().numpy(), sigma=stats.cov.cpu().numpy(),
-                   n=np.int64(-1 if stats.n is None else stats.n), name=np.str_(stats.name), hash=np.str_(stats.hash))
+                   n=np.int64(n), name=np.str_(stats.name), hash=np.str_(stats.hash))
     def write(temporary):
-        with open(temporary, "wb") as file: np.savez(file, **content)   # given a name, numpy would add an ending
+        with open(temporary, "wb") as file:      # given a name, numpy adds an ending
+            np.savez(file, **content)
     return write_atomic(path, write)
 
 # %% ../nbs/27_frechet.ipynb #001490df
-def load_stats(path,   # npz written by `save_stats`, or a published reference file with `mu` and `sigma`
+def load_stats(path,   # npz of `save_stats`, or a published one with `mu` and `sigma`
               ) -> FeatureStats:
-    "Read statistics; `n` is None where the file does not say. FileNotFoundError; ValueError for a file without the keys."
+    """Read statistics; `n` is None where the file does not say.
+
+    Files of pytorch-fid, clean-fid and the paper's authors have the same two keys.
+    Raises FileNotFoundError, and DataError for a file that is broken, is something else
+    or holds moments that cannot be.
+    """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no statistics file {path}; make one with `edm-nb stats`")
-    with np.load(path, allow_pickle=False) as file:
-        if not {"mu", "sigma"} <= set(file.files):
-            raise ValueError(f"{path}: expected the keys 'mu' and 'sigma', found {sorted(file.files)}")
-        get = lambda key, default: file[key].item() if key in file.files else default
-        n, name, hash = get("n", -1), get("name", ""), get("hash", "")
-        return moments_stats(file["mu"], file["sigma"], None if n < 0 else n, name, hash)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no statistics file {path}; make one with `edm-nb stats`")
+    if path.suffix == ".npy":
+        raise DataError(f"{path} is a single array; statistics are an npz file with "
+                        "two: np.savez('stats.npz', mu=mu, sigma=sigma)")
+    found = read_npz(path, ("mu", "sigma", "n", "name", "hash"))
+    if not {"mu", "sigma"} <= found.keys():
+        with zipfile.ZipFile(path) as archive: names = sorted(archive.namelist())[:8]
+        raise DataError(f"{path}: expected the arrays mu and sigma, found {names}")
+    kinds = dict(mu="fiu", sigma="fiu", n="iu", name="U", hash="U")
+    for key, allowed in kinds.items():
+        array = found.get(key)
+        if array is not None and (array.dtype.kind not in allowed or
+                                  key in ("n", "name", "hash") and array.size != 1):
+            raise DataError(f"{path}: {key} is {array.dtype} {array.shape}, not what "
+                            "statistics hold")
+    n = int(found["n"].item()) if "n" in found else -1
+    text = {key: found[key].item() if key in found else "" for key in ("name", "hash")}
+    try: return moments_stats(found["mu"], found["sigma"], None if n < 0 else n, **text)
+    except ValueError as error: raise DataError(f"{path}: {error}") from error
 
 # %% ../nbs/27_frechet.ipynb #42994afe
 def world() -> tuple[int, int]:  # rank and number of processes
@@ -279,13 +365,17 @@ def world() -> tuple[int, int]:  # rank and number of processes
 
 # %% ../nbs/27_frechet.ipynb #c88e52a3
 def gather_stats(stats:FeatureStats,   # what this process has seen
-                ) -> FeatureStats:     # what all processes have seen, equal on all of them
-    "Merge statistics across the processes of torch.distributed; the input is left unchanged."
+                ) -> FeatureStats:  # what all processes have seen, equal on all of them
+    """Merge statistics across the processes of torch.distributed; the input is left
+    unchanged.
+    """
     from torch import distributed as dist
     stats._fold()
-    if stats._n is None: raise ValueError("statistics without a sample count cannot be merged")
+    if stats._n is None:
+        raise ValueError("statistics without a sample count cannot be merged")
     device = "cuda" if world()[1] > 1 and dist.get_backend() == "nccl" else "cpu"
-    mine = torch.cat([stats._mean.new_tensor([stats._n]), stats._mean, stats._m2.flatten()]).to(device)
+    count = stats._mean.new_tensor([stats._n])
+    mine = torch.cat([count, stats._mean, stats._m2.flatten()]).to(device)
     parts = [mine]
     if world()[1] > 1:
         parts = [torch.empty_like(mine) for _ in range(world()[1])]
@@ -293,6 +383,7 @@ def gather_stats(stats:FeatureStats,   # what this process has seen
     total = FeatureStats(stats.dim, stats.name, stats.hash, stats.device)
     for part in parts:
         one = FeatureStats(stats.dim, stats.name, stats.hash)
-        one._n, one._mean, one._m2 = int(part[0]), part[1:1+stats.dim].cpu(), part[1+stats.dim:].view(stats.dim, -1).cpu()
+        one._n, one._mean = int(part[0]), part[1:1+stats.dim].cpu()
+        one._m2 = part[1+stats.dim:].view(stats.dim, -1).cpu()
         total.merge(one)
     return total

@@ -19,7 +19,8 @@ class Interval(NamedTuple):
     high:float   # upper end
     n:int        # number of values
 
-    def __str__(self): return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}], n = {self.n}"
+    def __str__(self):
+        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}], n = {self.n}"
 
 # %% ../nbs/29_verdicts.ipynb #bad4fae7
 def interval(values:Iterable[float],  # independent measurements of one quantity
@@ -27,12 +28,13 @@ def interval(values:Iterable[float],  # independent measurements of one quantity
             ) -> Interval:
     """Student's t interval of a mean.
 
-    Raises ValueError for fewer than two values, for values that are not finite, and for a
-    level outside (0, 1).
+    Raises ValueError for fewer than two values, for values that are not finite, and
+    for a level outside (0, 1).
     """
     values = [float(v) for v in values]
     if len(values) < 2:
-        raise ValueError(f"an interval needs at least two measurements, got {len(values)}")
+        raise ValueError(
+            f"an interval needs at least two measurements, got {len(values)}")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"measurements must be finite, got {values}")
     if not 0 < level < 1:
@@ -75,7 +77,8 @@ def verdict(*parts:Interval|bool,   # what the claim says is > 0, or true
                 raise ValueError(f"an interval must be finite, got {part}")
             return 1 if part.low > 0 else -1 if part.high < 0 else 0
         if type(part).__name__ not in ("bool", "bool_"):
-            raise TypeError(f"a part is an Interval or a bool, got {type(part).__name__}")
+            raise TypeError(
+                f"a part is an Interval or a bool, got {type(part).__name__}")
         return 1 if part else -1
     found = [one(part) for part in parts]
     if min(found) == 1: return "holds"
@@ -87,7 +90,7 @@ SCALES = ("exact", "laptop", "gpu")
 
 def record(claim:str,        # its number, "C01" to "C30"
            scale:str,        # one of SCALES: where it was measured
-           parts:dict,       # what is compared -> Interval or bool, as `verdict` takes them
+           parts:dict,  # what is compared -> Interval or bool, as `verdict` takes them
            number:str,       # the measurement in a line, with n and spread
           ) -> str:          # the verdict
     """Give a claim's verdict at one scale, and leave it for the claims page.
@@ -96,14 +99,16 @@ def record(claim:str,        # its number, "C01" to "C30"
     """
     known = [f"C{k:02d}" for k in range(1, 31)]
     if claim not in known: raise ValueError(f"claims are C01 to C30, got {claim!r}")
-    if scale not in SCALES: raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
-    if not number.strip(): raise ValueError(f"{claim} needs the number behind its verdict")
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
+    if not number.strip():
+        raise ValueError(f"{claim} needs the number behind its verdict")
     word = verdict(*parts.values())
     folder = os.environ.get("EDM_NB_CLAIMS")
     if folder:
         entry = dict(claim=claim, scale=scale, verdict=word, number=number,
-                     parts={name: part._asdict() if isinstance(part, Interval) else bool(part)
-                            for name, part in parts.items()})
+                     parts={name: part._asdict() if isinstance(part, Interval)
+                            else bool(part) for name, part in parts.items()})
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(entry, indent=1, ensure_ascii=False) + "\n"
         path = Path(folder)/f"{claim}-{scale}.json"
@@ -113,11 +118,12 @@ def record(claim:str,        # its number, "C01" to "C30"
     return word
 
 # %% ../nbs/29_verdicts.ipynb #cfd1653a
-def records(folder:str|Path|None=None,   # where they were written; default: EDM_NB_CLAIMS
-           ) -> dict:                    # (claim, scale) -> entry, in the order of the claims
+def records(folder:str|Path|None=None,  # default: EDM_NB_CLAIMS
+           ) -> dict:  # (claim, scale) -> entry, in the order of the claims
     "Read all recorded verdicts. Raises FileNotFoundError where the folder is missing."
     folder = Path(folder or os.environ.get("EDM_NB_CLAIMS", "../results/claims"))
     if not folder.is_dir():
         raise FileNotFoundError(f"no verdicts in {folder}; execute the chapters first")
-    entries = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("C*.json"))]
+    entries = [json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted(folder.glob("C*.json"))]
     return {(e["claim"], e["scale"]): e for e in entries}

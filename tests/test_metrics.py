@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edm_nb import metrics as M
+from edm_nb.files import DataError
 from edm_nb import features, frechet
 from edm_nb.data import find_cifar10
 
@@ -279,7 +280,7 @@ def test_files(tmp_path):
     np.savez(tmp_path/"ref.npz", mu=np.zeros(5), sigma=np.eye(5))        # the published form
     assert frechet.load_stats(tmp_path/"ref.npz").n is None
     np.savez(tmp_path/"wrong.npz", images=np.zeros(5))
-    with pytest.raises(ValueError, match="'mu' and 'sigma'"): frechet.load_stats(tmp_path/"wrong.npz")
+    with pytest.raises(ValueError, match="mu and sigma"): frechet.load_stats(tmp_path/"wrong.npz")
     with pytest.raises(FileNotFoundError): frechet.load_stats(tmp_path/"none.npz")
     assert [p.name for p in (tmp_path/"sub").iterdir()] == ["s.npz"]
 
@@ -288,7 +289,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path/"x.npz"
     path.write_bytes(b"old")
     def fails(file): file.write_bytes(b"half"); raise OSError("disk full")
-    with pytest.raises(OSError): M.write_atomic(path, fails)
+    with pytest.raises(OSError): frechet.write_atomic(path, fails)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -550,7 +551,6 @@ def test_class_shares():
 
 def test_rank_correlation_by_hand():
     assert features.rank_correlation([1, 2, 3], [5, 6, 7]) == pytest.approx(1) and features.rank_correlation([1, 2, 3], [7, 6, 5]) == pytest.approx(-1)
-    assert features.ranks([3, 1, 3]).tolist() == [1.5, 0, 1.5]
     with pytest.raises(ValueError): features.rank_correlation([1, 1], [1, 2])
 
 
@@ -615,3 +615,83 @@ def test_references_from_images_and_files(tmp_path):
     with pytest.warns(UserWarning, match="12 samples"): score = M.image_distance(tmp_path/"set.zip", tmp_path/"ref.npz", net)
     assert score.values[0] < 1e-8 and score.protocol.n == 12 and score.protocol.reference == "ref"
     with pytest.raises(ValueError, match="did not make"): M.reference_stats(tmp_path/"ref.npz", features.pixels((3, 8, 8)))
+
+
+# --- kinds of fault: files that are broken, numbers that are none --------------------------------------------------------
+
+def saved(folder, **arrays):
+    "An npz with these arrays."
+    np.savez(folder/"s.npz", **arrays)
+    return folder/"s.npz"
+
+
+@pytest.mark.parametrize("kind", ["cut short", "a flipped byte", "empty", "a page of HTML", "an array"])
+def test_broken_file_is_one_line_that_names_it(tmp_path, kind):
+    whole = saved(tmp_path, mu=np.zeros(40), sigma=np.eye(40)).read_bytes()
+    middle = len(whole)//2
+    path = tmp_path/("case.npy" if kind == "an array" else "case.npz")
+    path.write_bytes({"cut short": whole[:-60], "a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:],
+                      "empty": b"", "a page of HTML": b"<html>not found</html>", "an array": b"\x93NUMPY"}[kind])
+    with pytest.raises(DataError) as caught: frechet.load_stats(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and "allow_pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(mu=np.zeros(3) + 1j), dict(sigma=np.eye(3)*1j), dict(mu=np.array(["a", "b", "c"])), dict(n=np.float64(10.5)), dict(n=np.str_("many")),
+    dict(n=np.int64(1)), dict(name=np.int64(3)), dict(mu=np.float64(1.0)), dict(mu=np.zeros(3, [("x", float)])), dict(sigma=np.eye(4)),
+    dict(mu=np.array([0, np.nan, 0])), dict(n=np.arange(3))], ids=str)
+def test_statistics_that_cannot_be_are_refused_with_the_name_of_the_file(tmp_path, arrays):
+    path = saved(tmp_path, **dict(dict(mu=np.zeros(3), sigma=np.eye(3), n=np.int64(9)), **arrays))
+    with pytest.raises(DataError, match="s.npz"): frechet.load_stats(path)
+
+
+def test_memory_of_an_npz_is_bounded_by_its_size(tmp_path):
+    "A header may declare what it likes; 200 kB of zip do not become 200 MB."
+    np.savez_compressed(tmp_path/"bomb.npz", mu=np.zeros(25_000_000), sigma=np.eye(2))
+    assert (tmp_path/"bomb.npz").stat().st_size < 300_000
+    with pytest.raises(DataError, match="at most"): frechet.load_stats(tmp_path/"bomb.npz")
+    np.savez_compressed(tmp_path/"extra.npz", mu=np.zeros(2), sigma=np.eye(2), unwanted=np.zeros(25_000_000))
+    assert frechet.load_stats(tmp_path/"extra.npz").dim == 2             # what nobody asked for is not read
+
+
+@pytest.mark.parametrize("call", [
+    lambda: M.kid(torch.zeros(5, 0), torch.zeros(5, 0)), lambda: M.kid(randn(5, 2).numpy(), randn(5, 2)), lambda: M.kid(randn(5, 2), randn(5, 2), chunk=0),
+    lambda: M.precision_recall(randn(5, 2), randn(5, 2), k=0), lambda: M.precision_recall(randn(5, 2).numpy(), randn(5, 2)),
+    lambda: M.extrapolate([1, 2, 3], [1, float("nan"), 2]), lambda: M.extrapolate([0, 2, 3], [1, 1, 2]),
+    lambda: features.rank_correlation([1, float("nan")], [1, 2]), lambda: features.pick_classes(torch.arange(4), [0, 0], 2),
+    lambda: features.add_noise(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), float("nan")), lambda: features.blur(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), -1),
+    lambda: features.jpeg(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 0), lambda: frechet.moments_stats(np.zeros(2), np.eye(2), 2.5),
+    lambda: M.Protocol("x", "", float("nan"), "r"), lambda: frechet.FeatureStats(2).update(np.zeros((3, 2)))])
+def test_nonsense_is_a_value_error_and_no_number(call):
+    with pytest.raises(ValueError): call()
+
+
+def test_pixel_statistics_of_large_images_say_what_they_cost():
+    assert features.pixels((3, 32, 32)).dim == 3072
+    with pytest.raises(ValueError, match=r"12,288 pixel values.*1\.1 GiB.*inception"): features.pixels((3, 64, 64))
+    assert features.pixels((3, 64, 64), most=12_288).dim == 12_288
+
+
+@pytest.mark.parametrize("call", ["fsync", "chmod"])
+def test_file_systems_that_lack_an_operation_still_take_files(tmp_path, monkeypatch, call):
+    import errno
+    import os
+    from edm_nb import files
+    def lacking(code):
+        def f(*args): raise OSError(code, os.strerror(code))
+        return f
+    for code in (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        monkeypatch.setattr(os, call, lacking(code))
+        assert files.write_atomic(tmp_path/"x", lambda path: path.write_text("whole")).read_text() == "whole"
+    monkeypatch.setattr(os, call, lacking(errno.EIO))             # a real fault is still one
+    with pytest.raises(OSError): files.write_atomic(tmp_path/"y", lambda path: path.write_text("whole"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+
+
+def test_blur_and_rank_correlation_agree_with_their_definitions():
+    x = torch.zeros(1, 1, 33, 33, dtype=torch.uint8)
+    x[0, 0, 16, 16] = 255
+    row = features.blur(x, 1.0)[0, 0, 16].double()
+    from math import exp, pi
+    assert row[16].item() == pytest.approx(255/(2*pi), abs=0.6) and row[18].item() == pytest.approx(255*exp(-2)/(2*pi), abs=0.6)
+    assert features.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)      # 1 - 6 * 2 / (4 * 15)
