@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-HEAVY = {"train", "fit", "demo", "subprocess", "Popen", "run_loop", "torchrun"}
+HEAVY = {"train", "fit", "demo", "subprocess", "Popen", "run_loop", "torchrun", "browser"}
 
 
 def words(function, module, seen):

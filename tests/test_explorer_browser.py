@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from browser import browser, missing, page, screen
+from patience import PATIENCE
 
 from edm_nb.framework import LINEAR, VE, MixtureDenoiser, score, vp_schedule
 from edm_nb.ode_solvers import edm_sigmas, euler, heun, ode_states
@@ -146,7 +147,7 @@ def test_trajectories_are_those_of_the_package(open_page):
 def test_the_error_curve_has_the_order_of_its_solver(open_page, solver, order):
     from selenium.webdriver.support.ui import WebDriverWait
     reader = open_page("trajectories", fragment=f"#explorer?trajectories.solver={solver}&trajectories.width=0.4")
-    WebDriverWait(reader.driver, 20).until(lambda _: reader.script("return document.querySelector('svg[data-done]')"))
+    WebDriverWait(reader.driver, PATIENCE).until(lambda _: reader.script("return document.querySelector('svg[data-done]')"))
     assert reader.read("slope") == pytest.approx(-order, abs=0.2)
 
 
@@ -171,7 +172,7 @@ def test_particles_move_and_stop(open_page):
     reader = open_page("churn")
     reader.press("button.play")
     from selenium.webdriver.support.ui import WebDriverWait
-    WebDriverWait(reader.driver, 10).until(lambda _: 0.02 < reader.state["time"] < 1)
+    WebDriverWait(reader.driver, PATIENCE).until(lambda _: 0.02 < reader.state["time"] < 1)
     reader.press("button.play")
     held = reader.state["time"]
     reader.settle()
@@ -218,14 +219,14 @@ def test_the_address_holds_the_setting(open_page):
     reader = open_page("churn", "denoiser")
     reader.move("S_churn", 240)
     from selenium.webdriver.support.ui import WebDriverWait
-    WebDriverWait(reader.driver, 5).until(lambda d: "churn.S_churn=80" in d.current_url)
+    WebDriverWait(reader.driver, PATIENCE).until(lambda d: "churn.S_churn=80" in d.current_url)
     Reader(reader.driver, "denoiser").move("x", 0)
-    WebDriverWait(reader.driver, 5).until(lambda d: "denoiser.x=-3" in d.current_url and "churn.S_churn=80" in d.current_url)
+    WebDriverWait(reader.driver, PATIENCE).until(lambda d: "denoiser.x=-3" in d.current_url and "churn.S_churn=80" in d.current_url)
     fragment = "#" + reader.driver.current_url.split("#")[1]
     again = open_page("churn", "denoiser", fragment=fragment)
     assert again.state["S_churn"] == 80 and Reader(again.driver, "denoiser").state["x"] == -3
     again.press(".tools button:last-child")                     # Reset
-    WebDriverWait(reader.driver, 5).until(lambda d: "churn" not in d.current_url)
+    WebDriverWait(reader.driver, PATIENCE).until(lambda d: "churn" not in d.current_url)
     assert again.state["S_churn"] == 20 and "denoiser.x" in again.driver.current_url
     bad = open_page("churn", fragment="#explorer?churn.S_churn=x&churn.N=1e9&churn.S_noise=-3&churn.nonsense=1&churn.seed=NaN")
     assert (bad.state["S_churn"], bad.state["N"], bad.state["S_noise"], bad.state["seed"]) == (20, 128, 0.95, 1)

@@ -137,3 +137,23 @@ def test_security_promises_hold():
         assert not re.search(r"torch\.load\(|pickle\.loads?\(|import pickle\b|joblib|allow_pickle=True", text), path.name
         calls = [node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         assert not {"eval", "exec", "__import__"} & set(calls), path.name
+
+
+@pytest.mark.parametrize("body, heavy", [
+    ("T.train(config)", True), ("helper()", True), ("run('train', 'toy')", True), ("[T.fit(c) for c in range(3)]", True),
+    ("T.loss(config)", False), ("other()", False),
+])
+def test_tests_that_train_are_found_by_their_source(body, heavy):
+    import types
+
+    import conftest
+    module = types.ModuleType("test_made_here")
+    exec(f"def helper(): subprocess.run(['x'])\ndef other(): return 'trained'\ndef test_it(): {body}", vars(module))
+    assert bool(conftest.HEAVY & conftest.words(module.test_it, module, set())) == heavy
+
+
+def test_known_trainings_carry_the_marker(request):
+    "Of the tests that were collected: those that are known to train carry the marker."
+    for item in request.session.items:
+        if item.name in ("test_two_processes_equal_one", "test_every_stage_at_toy_size", "test_the_example_runs", "test_a_failing_notebook_is_executed_again"):
+            assert item.get_closest_marker("training"), item.name
