@@ -58,8 +58,9 @@ from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode
 from edm_nb.preconditioning import Preconditioned
 from edm_nb.stochastic import BEST_CHURN, Churn, langevin_states, sample
 from edm_nb.randomness import SeededNoise
-from edm_nb.training import (
-    build_denoiser, edm_loss, EMA, ema_beta, ema_denoiser, make_batch, new_state,
+from edm_nb.training import edm_loss, EMA, ema_beta
+from edm_nb.updates import (
+    build_denoiser, ema_denoiser, make_batch, new_state,
     train_step
 )
 from edm_nb.configs import PRESETS

@@ -34,18 +34,18 @@ def forward_flops(state, batch):
 
 def measure(config, data, device, updates):
     "The record of one configuration."
-    state = T.new_state(config, data, device)
+    state = updates.new_state(config, data, device)
     data, order, forward = runs.to_device(data, device), IndexStream(len(data), 0), runs.wrap(state, runs.Team(0, 1, device))
-    make = lambda k: T.make_batch(config, data, order, k * config.batch, device)
+    make = lambda k: updates.make_batch(config, data, order, k * config.batch, device)
     batch = make(0)
     flops = forward_flops(state, batch)
-    for k in range(3): T.train_step(forward, state, make(k))
+    for k in range(3): updates.train_step(forward, state, make(k))
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
-    loss = T.backward(forward, state, batch)
-    parts = dict(batch=lambda: make(7), gradient=lambda: T.backward(forward, state, batch), guard=lambda: T.guard(state, loss),
+    loss = updates.backward(forward, state, batch)
+    parts = dict(batch=lambda: make(7), gradient=lambda: updates.backward(forward, state, batch), guard=lambda: updates.guard(state, loss),
                  adam=state.optimizer.step, ema=lambda: state.ema.update(state.denoiser, 0.999))
     parts = {name: milliseconds(part, device) for name, part in parts.items()}
-    seconds, cpu, _ = clock(lambda: [T.train_step(forward, state, make(10 + k)) for k in range(updates)], device)
+    seconds, cpu, _ = clock(lambda: [updates.train_step(forward, state, make(10 + k)) for k in range(updates)], device)
     images = updates * config.batch
     return dict(images_per_second=round(images/seconds, 1), images_per_cpu_second=round(images/cpu, 1), updates=updates,
                 milliseconds={k: round(v, 3) for k, v in parts.items()}, update_milliseconds=round(1000*seconds/updates, 3),

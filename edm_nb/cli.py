@@ -39,6 +39,7 @@ from edm_nb.features import (
 )
 from .preconditioning import estimate_sigma_data, suggest_settings
 from .configs import config_from, PRESETS, TrainConfig
+from .folders import foreign, holds_run, read_log, with_length
 from edm_nb.runs import (
     choose, FolderBusy, join_team, load_data, on_first, pick_device, train as run_training,
     TrainingDiverged
@@ -255,14 +256,14 @@ def follow(records, config:TrainConfig, rank:int=0):   # yields the records
 
 def check_run(out:Path) -> Path:   # the folder
     "A run folder that is new or holds a run; anything else is somebody's work. Nothing is written or deleted here."
-    only_locked = out.is_dir() and [path.name for path in out.iterdir()] == [".lock"]      # a run that has just begun
-    return out if only_locked or (out/"config.json").exists() else free_path(out)
+    if not out.exists() or holds_run(out): return out
+    if others := foreign(out): raise UsageError(f"{out} holds {others[0].name}, but no run; choose another --out")
+    return out
 
 def last_record(out:Path) -> dict:   # images, seconds, and what else the log says
     "Where a finished run ended: by its log, or by its model where it was killed before the last line."
-    lines = (out/"log.jsonl").read_text().splitlines() if (out/"log.jsonl").exists() else []
-    seen = checkpoints.read_config(out)["extra"]["images"]
-    return (json.loads(lines[-1]) if lines else {"seconds": math.nan, "loss": math.nan}) | {"images": seen}
+    seen, records = checkpoints.read_config(out)["extra"]["images"], read_log(out)
+    return (records[-1] if records else {"seconds": math.nan, "loss": math.nan}) | {"images": seen}
 
 # %% ../nbs/15_cli.ipynb #05763754
 @app.command(epilog="Example:  edm-nb train digits --out runs/digits    |    "
@@ -284,9 +285,11 @@ def train(preset:Annotated[str, typer.Argument(help="a preset (edm-nb presets li
           settings:Annotated[Optional[list[str]], typer.Option("--set", help="any value of the configuration: key=value, network.dropout=0.1")]=None,
           device:Device=None, overwrite:Overwrite=False):
     "Train a preset or a configuration file. The same command again resumes the run."
-    given = dict(data=data, images=images, batch=batch, micro_batch=micro_batch, lr=lr, precision=precision, compile=compile, seed=seed,
-                 conditional=conditional, keep_every=keep)
-    config = change(replace(read_config(preset), **{key: value for key, value in given.items() if value is not None}), settings or [])
+    given = dict(data=data, batch=batch, micro_batch=micro_batch, lr=lr, precision=precision, seed=seed, conditional=conditional,
+                 keep_every=keep, compile={None: None, True: "blocks", False: "none"}[compile])
+    config = replace(read_config(preset), **{key: value for key, value in given.items() if value is not None})
+    if images is not None: config = with_length(config, images, None if overwrite else out)
+    config = change(config, settings or [])
     with join_team(device) as team:
         on_first(team, lambda: check_run(out))
         loaded = load_data(config)
@@ -493,8 +496,9 @@ def demo(out:Out=Path("runs/demo"),
          device:Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the CPU is fast enough")]="cpu",
          overwrite:Overwrite=False):
     "Train a class-conditional model on handwritten digits, sample it and measure it: minutes on a CPU."
-    config = replace(PRESETS["digits"], seed=seed, **({"images": images} if images else {}))
     check_run(out)
+    config = replace(PRESETS["digits"], seed=seed)
+    if images: config = with_length(config, images, None if overwrite else out)
     typer.echo(f"digits: {describe(config)}", err=True)
     started, data, record = time.perf_counter(), load_data(config), None
     for record in follow(run_training(config, out, data=data, device=device, overwrite=overwrite), config): pass

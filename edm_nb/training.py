@@ -5,32 +5,15 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'WEIGHTS', 'inverse_square_weight', 'edm_loss', 'loss_per_sigma', 'lognormal_quantile', 'vp_quantile',
            've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'guided',
-           'without_labels', 'Batch', 'send', 'make_batch', 'TrainState', 'build_denoiser', 'new_state', 'ema_denoiser',
-           'backward', 'guard', 'train_step']
+           'without_labels']
 
 # %% ../nbs/04_training.ipynb #deea7fb3
-import contextlib, copy, dataclasses, functools, hashlib, inspect, json, math, os, shutil, signal, tempfile, threading, time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
-try: import fcntl
-except ImportError: fcntl = None    # Windows has no advisory file locks
-import torch
-import torch.distributed as dist
+import math, torch
+from collections.abc import Callable
 from torch import Tensor, nn
-from . import checkpoints
-from .augmentation import AugmentPipe, Draw, apply as apply_augment
-from .data import cifar10, digits, ImageSet, load_images, one_hot, to_float
-from .randomness import IndexStream
 from .checks import broadcast_sigma
-from .networks import STYLES, build_network, network as unet
-from .ode_solvers import edm_sigmas, sample_ode
-from .preconditioning import (SCALINGS, Preconditioned, check_sigma_data, edm_weight, estimate_sigma_data, iddpm_levels,
-                                    vp_sigma, warn_sigma_data)
-from .randomness import stream_seed
-if TYPE_CHECKING: from edm_nb.configs import TrainConfig
+from .data import ImageSet, one_hot, to_float
+from .preconditioning import check_sigma_data, edm_weight, iddpm_levels, vp_sigma
 
 # %% ../nbs/04_training.ipynb #a31a546c
 def inverse_square_weight(sigma:Tensor,           # noise levels, any shape
@@ -43,19 +26,30 @@ def inverse_square_weight(sigma:Tensor,           # noise levels, any shape
 def edm_loss(denoise:Callable,             # `denoise(x, sigma, **cond) -> D`
              images:Tensor,                # clean images y in [-1, 1], `[B, ...]`
              sigma:Tensor,                 # one noise level per image, `[B]`
-             noise:Tensor|None=None,       # unit-variance noise like `images`; drawn from `generator` when missing
+             noise:Tensor|None=None,       # unit variance, like `images`; None: drawn
              weight:Callable=edm_weight,   # λ(σ): `weight(sigma, sigma_data)`
-             sigma_data=None,              # number, or one per channel; the default asks the denoiser, another value than its is an error
+             sigma_data=None,              # a number, or one per channel; None: the denoiser's
              generator:torch.Generator|None=None,   # source of the noise
              **cond,                       # `class_labels`, `augment_labels`
-            ) -> Tensor:                   # `[B]`: the loss of each image, a mean over its values
-    "Eq. 2 with weight: λ(σ) ‖D(y + n; σ) − y‖² of every image, divided by the number of its values."
+            ) -> Tensor:                   # `[B]`: the loss of each image
+    """The loss of each image, a mean over its values: λ(σ) ‖D(y + n; σ) − y‖² (Eq. 2).
+
+    Raises ValueError for shapes that do not fit, and where `sigma_data` is not the
+    denoiser's: the two would train without complaint and sample badly.
+    """
     if sigma.shape != images.shape[:1]:
-        raise ValueError(f"expected one sigma per image, shape {tuple(images.shape[:1])}, got {tuple(sigma.shape)}")
+        raise ValueError(f"expected one sigma per image, shape {tuple(images.shape[:1])}, "
+                         f"got {tuple(sigma.shape)}")
+    if noise is not None and noise.shape != images.shape:
+        raise ValueError(f"expected noise of the shape of the images, {tuple(images.shape)}, "
+                         f"got {tuple(noise.shape)}")
     if sigma_data is None: sigma_data = getattr(denoise, "sigma_data", 0.5)
     else: check_sigma_data(denoise, sigma_data)
-    if isinstance(sigma_data, tuple): sigma_data = torch.tensor(sigma_data).to(images).reshape(-1, 1, 1)
-    if noise is None: noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    if isinstance(sigma_data, tuple):                                  # [C, 1, 1]
+        sigma_data = torch.tensor(sigma_data).to(images).reshape(-1, *[1]*(images.ndim - 2))
+    if noise is None:
+        noise = torch.randn(images.shape, generator=generator, device=images.device,
+                            dtype=images.dtype)
     column = sigma.to(images).reshape(-1, *[1]*(images.ndim - 1))      # [B, 1, 1, 1]
     D = denoise(images + column*noise, sigma, **cond)                  # [B, C, H, W]
     return (weight(column, sigma_data) * (D - images)**2).flatten(1).mean(1)
@@ -74,7 +68,7 @@ def loss_per_sigma(denoise:Callable,     # the denoiser
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(data), (n,), generator=generator)
     y = to_float(data.images[index.to(data.images.device)]).to(device)
-    noise = torch.randn(n, *data.images.shape[1:], generator=generator).to(device)
+    noise = torch.randn(n, *data.images.shape[1:], generator=generator, dtype=torch.float32).to(device)
     cond = {} if data.labels is None else dict(class_labels=one_hot(data.labels[index.to(data.labels.device)], data.label_dim).to(device))
     level = lambda s: torch.full((n,), float(s), device=device)
     return torch.stack([edm_loss(denoise, y, level(s), noise, weight, **cond).mean().cpu() for s in levels])
@@ -195,158 +189,3 @@ def guided(cond:Callable,           # the denoiser to follow
 def without_labels(denoise:Callable) -> Callable:   # a denoiser
     "The same denoiser, deaf to class labels: the `uncond` of classifier-free guidance."
     return lambda x, sigma, class_labels=None, **more: denoise(x, sigma, **more)
-
-# %% ../nbs/04_training.ipynb #4272f505
-@dataclass
-class Batch:
-    "What one process needs for one update; every tensor is `[b, ...]` and lies on the training device."
-    images:Tensor                   # clean images in [-1, 1], augmented
-    sigma:Tensor                    # noise levels
-    noise:Tensor                    # unit variance
-    cond:dict                       # `class_labels`, `augment_labels` where the network takes them
-
-    def split(self, size:int) -> Iterator["Batch"]:   # images per piece
-        "Pieces for gradient accumulation."
-        for i in range(0, len(self.images), size):
-            part = slice(i, i + size)
-            yield Batch(self.images[part], self.sigma[part], self.noise[part], {k: v[part] for k, v in self.cond.items()})
-
-# %% ../nbs/04_training.ipynb #935eb227
-def send(x:Tensor,               # anywhere
-         device:torch.device,    # where it is needed
-        ) -> Tensor:
-    "Move without making the host wait: a copy to a GPU from pinned memory runs behind its back."
-    if x.device.type == device.type: return x.to(device)
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-# %% ../nbs/04_training.ipynb #bc916478
-def make_batch(config:"TrainConfig",     # what to draw
-               data:ImageSet,          # on the training device, or in host memory if it does not fit
-               order:IndexStream,      # which image comes when
-               seen:int,               # images seen before; names the batch
-               device:torch.device,    # of the training
-               rank:int=0,             # this process
-               world:int=1,            # all processes
-              ) -> Batch:              # this process's part
-    "Everything random about one update. All draws are made for the whole batch, so that the split does not matter."
-    B, part = config.batch, slice(rank*config.batch//world, (rank + 1)*config.batch//world)
-    generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "step", seen))
-    index = send(order.span(seen, B)[part], data.images.device)
-    y = to_float(send(data.images[index], device))     # [b, C, H, W]
-    quantile = functools.partial(QUANTILES[config.sigma], **config.sigma_args)
-    sigma = draw_sigma(quantile, B, generator, device)[part]
-    noise = torch.randn((B, *y.shape[1:]), generator=generator, device=device)[part]
-    coin = torch.rand(2, B, generator=generator, device=device)[:, part]
-    cond = {}
-    if config.conditional:
-        labels = one_hot(send(data.labels[index], device), data.label_dim)
-        cond["class_labels"] = labels * (coin[0] >= config.label_dropout)[:, None]
-    if config.xflip: y = torch.where(coin[1].reshape(-1, 1, 1, 1) < 0.5, y.flip(-1), y)
-    if config.augment:
-        draw = AugmentPipe(p=config.augment, **config.augment_args).draw(B, generator, device)
-        draw = Draw(*(value[part] for value in vars(draw).values()))
-        y = apply_augment(y, draw)
-        if config.augment_labels: cond["augment_labels"] = draw.labels()
-    return Batch(y, sigma, noise, cond)
-
-# %% ../nbs/04_training.ipynb #a677f235
-@dataclass
-class TrainState:
-    "All that changes during training. Saved whole, restored whole."
-    config:"TrainConfig"
-    denoiser:nn.Module              # the live weights
-    ema:EMA                         # their average
-    optimizer:torch.optim.Optimizer
-    images:int = 0                  # seen so far
-    seconds:float = 0.0             # of training, over all runs
-    skipped:Tensor|None = None      # updates skipped so far; on the device, read only when a record is due
-    in_a_row:Tensor|None = None     # the current run of skipped updates
-    worst:Tensor|None = None        # the longest such run since the last record
-    saved:str = ""                  # the last good checkpoint
-    about:dict = field(default_factory=dict)   # `data_facts` of what it is trained on
-
-# %% ../nbs/04_training.ipynb #f76c85a0
-def build_denoiser(config:"TrainConfig",   # names network and preconditioning
-                   data:ImageSet,        # fixes resolution, channels and classes
-                  ) -> Preconditioned:
-    "A new denoiser; its initial weights depend on the seed alone."
-    C, H, W = data.images.shape[1:]
-    arguments = dict(resolution=H if H == W else [H, W], channels=C, label_dim=data.label_dim if config.conditional else 0,
-                     augment_dim=9 if config.augment and config.augment_labels else 0)
-    for name, value in config.network.items():
-        if value != arguments.get(name, value): raise ValueError(f"network.{name} is {value}, but the data make it {arguments[name]}; leave it out")
-    generator = torch.Generator().manual_seed(stream_seed(config.seed, "weights"))
-    net = build_network({**arguments, **config.network}, generator=generator)
-    return Preconditioned.from_config(net, config.precond)
-
-# %% ../nbs/04_training.ipynb #137fcce5
-def new_state(config:"TrainConfig",     # what to train
-              data:ImageSet,          # fixes the shape of the network
-              device:torch.device,    # where
-             ) -> TrainState:
-    "The state before the first update."
-    denoiser = build_denoiser(config, data).to(device).train()
-    if config.channels_last: denoiser = denoiser.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, betas=config.betas, eps=config.adam_eps, fused=True)
-    zero = lambda: torch.zeros((), device=device)
-    return TrainState(config, denoiser, EMA(denoiser), optimizer, skipped=zero(), in_a_row=zero(), worst=zero())
-
-# %% ../nbs/04_training.ipynb #f3d1ef50
-def ema_denoiser(state:TrainState) -> Preconditioned:   # in eval mode, independent of the live weights
-    "A copy of the denoiser that carries the averaged weights."
-    return state.ema.copy_to(copy.deepcopy(state.denoiser)).eval().requires_grad_(False)
-
-# %% ../nbs/04_training.ipynb #f2b2693f
-def backward(forward:Callable,      # the denoiser, or its compiled or distributed wrapper
-             state:TrainState,      # for configuration and σ_data
-             batch:Batch,           # this process's part of the batch
-             world:int=1,           # number of processes
-            ) -> Tensor:            # sum of this process's losses over the whole batch size: its share of the mean
-    "Gradients of the mean loss over the whole batch, whatever the number of pieces and processes."
-    config = state.config
-    size = config.micro_batch or len(batch.images)
-    pieces = list(batch.split(min(size, len(batch.images))))
-    total = torch.zeros((), device=batch.images.device)
-    for k, piece in enumerate(pieces):
-        hold = k < len(pieces) - 1 and hasattr(forward, "no_sync")    # exchange gradients once, with the last piece
-        with forward.no_sync() if hold else contextlib.nullcontext():
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                losses = edm_loss(forward, piece.images, piece.sigma, piece.noise, WEIGHTS[config.weight],
-                                  state.denoiser.sigma_data, **piece.cond)
-            # Eq. 8 sums over pixels; the distributed wrapper averages over processes, so multiply by their number
-            (losses.sum() * (piece.images[0].numel() * world / config.batch)).backward()
-        total += losses.detach().sum() / config.batch
-    return total
-
-# %% ../nbs/04_training.ipynb #6b0cc958
-def guard(state:TrainState,     # counters to advance
-          loss:Tensor,          # of this process
-          world:int=1,          # number of processes
-         ) -> tuple[Tensor, Tensor]:   # gradient norm; 1. where this update must not happen, else 0.
-    "Find a non-finite loss or gradient without waiting for the device, and count it."
-    norms = torch._foreach_norm([p.grad for p in state.denoiser.parameters() if p.grad is not None])
-    norm = torch.stack(norms).norm()
-    bad = (~(norm.isfinite() & loss.isfinite())).float()
-    if world > 1: dist.all_reduce(bad, dist.ReduceOp.MAX)      # all processes skip, or none
-    state.skipped += bad
-    state.in_a_row.add_(1).mul_(bad)
-    torch.maximum(state.worst, state.in_a_row, out=state.worst)
-    return norm, bad
-
-# %% ../nbs/04_training.ipynb #dc9b67e3
-def train_step(forward:Callable,      # the denoiser or its wrapper
-               state:TrainState,      # is advanced in place
-               batch:Batch,           # this process's part
-               world:int=1,           # number of processes
-              ) -> tuple[Tensor, Tensor, Tensor]:   # loss, gradient norm, skipped or not: on the device
-    "One update. Nothing here waits for the device."
-    config, state_lr = state.config, ramped_lr(state.config.lr, state.images + state.config.batch, state.config.lr_rampup)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss = backward(forward, state, batch, world)
-    norm, bad = guard(state, loss, world)
-    for group in state.optimizer.param_groups: group["lr"] = state_lr
-    state.optimizer.grad_scale, state.optimizer.found_inf = None, bad     # the fused kernel leaves all as it is if 1
-    state.optimizer.step()
-    state.ema.update(state.denoiser, ema_beta(config.batch, config.ema_halflife, state.images, config.ema_rampup))
-    state.images += config.batch
-    return loss, norm, bad

@@ -149,7 +149,7 @@ def test_train_resumes_and_never_takes_a_strange_folder(tmp_path):
 
 
 def test_a_folder_in_use_is_one_line_and_exit_code_2(tmp_path):
-    from edm_nb.runs import lock_folder
+    from edm_nb.folders import lock_folder
     with lock_folder(tmp_path / "run"):
         (tmp_path / "run/config.json").write_text("{}")          # as a run that has just begun
         done = edm_nb("train", "toy", "--images", 64, "--device", "cpu", "--out", tmp_path / "run")
@@ -213,7 +213,7 @@ def test_demo_goes_on_where_its_training_is_finished(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [["train", "toy"], ["demo"]])
 def test_overwrite_deletes_nothing_that_another_process_uses(tmp_path, command):
-    from edm_nb.runs import lock_folder
+    from edm_nb.folders import lock_folder
     (tmp_path / "run/state").mkdir(parents=True)
     for name in ("config.json", "log.jsonl", "state/state-000000000001.safetensors"):
         (tmp_path / "run" / name).write_text("{}")

@@ -13,17 +13,16 @@ import torch
 from patience import PATIENCE
 
 from edm_nb import checkpoints
-from edm_nb import configs, runs
-from edm_nb import training as T
+from edm_nb import configs, folders, runs
 
 # Adam divides by the gradient's size and so enlarges rounding where a gradient nearly vanishes: the paper's baseline rate keeps
 # that below 1e-5. It also hides a wrong scale of the gradient, which is why gradient norms are compared as well.
-TOY = dataclasses.replace(configs.PRESETS["toy"], images=1280, lr=2e-4, log_every=320, save_every=640, augment=0.3, label_dropout=0.1)
+TOY = dataclasses.replace(configs.PRESETS["toy"], images=1280, lr_rampup=320, lr=2e-4, log_every=320, save_every=640, augment=0.3, label_dropout=0.1)
 SCRIPT = """
 import json, os, sys
 import torch
 from edm_nb import training as T
-from edm_nb import configs, runs
+from edm_nb import configs, folders, generation, runs, updates
 config = configs.config_from(json.loads(sys.argv[1]))
 for record in runs.train(config, sys.argv[2], device="cpu", timeout=float(sys.argv[3])):
     print(json.dumps([int(os.environ["RANK"]), record.images, record.loss, record.grad_norm]), flush=True)
@@ -110,7 +109,7 @@ def test_single_process_has_no_process_group():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_a_folder_in_use_stops_every_process(tmp_path):
     "The first process finds the lock; the others hear of it at once and do not wait for their time-out."
-    with runs.lock_folder(tmp_path/"run"):
+    with folders.lock_folder(tmp_path/"run"):
         processes = start(TOY, tmp_path/"run", timeout=2*PATIENCE)
         outputs = finish(processes)
     assert all(p.returncode not in (0, None, -9) for p in processes)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from edm_nb import checkpoints
-from edm_nb import configs, runs
-from edm_nb import training as T
+from edm_nb import configs, runs, updates
 from edm_nb.data import cifar10, find_cifar10, one_hot, to_uint8
 from edm_nb.features import feature_stats, pixels
 from edm_nb.frechet import frechet_distance
@@ -28,7 +27,7 @@ def test_cifar_from_images_to_distance(tmp_path):
     data = runs.shrink(cifar10().take(slice(2_000)), 16)
     config = dataclasses.replace(configs.PRESETS["toy"], data="cifar10", resolution=16, images=6_400, batch=64, log_every=640,
                                  save_every=3_200, augment=0.12, precond={"scalings": "edm", "sigma_data": 0.5}, sigma_args={})
-    untrained, _ = distance(T.build_denoiser(config, data).eval(), data)
+    untrained, _ = distance(updates.build_denoiser(config, data).eval(), data)
     losses = [record.loss for record in runs.train(config, tmp_path, data=data, device="cpu")]
     assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
     trained, x = distance(checkpoints.load(tmp_path/"model.safetensors"), data)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from edm_nb import training as T
-from edm_nb import configs, runs
+from edm_nb import configs, folders, generation, runs, updates
 from edm_nb.data import digits, find_cifar10
 from edm_nb.ode_solvers import edm_sigmas
 
@@ -68,7 +68,7 @@ def target(folder, against, minutes=None):
 def run_again(goal, report):
     "Train as recorded and measure as recorded; the distance, and the last record of the training."
     for record in runs.train(goal["config"], data=report.data("train"), device=report.device): pass
-    denoise = report.fast(T.ema_denoiser(record.state))
+    denoise = report.fast(updates.ema_denoiser(record.state))
     return report.distance(denoise, goal["n"], edm_sigmas(goal["steps"]))["distance"], record
 
 
@@ -188,11 +188,11 @@ def test_no_synchronisation_inside_a_step():
     from edm_nb.randomness import IndexStream
     device, data = torch.device("cuda"), digits()
     config = dataclasses.replace(configs.PRESETS["toy"], augment=0.0)
-    state, data = T.new_state(config, data, device), runs.to_device(data, device)
+    state, data = updates.new_state(config, data, device), runs.to_device(data, device)
     order = IndexStream(len(data), 1)
-    for k in range(3): T.train_step(state.denoiser, state, T.make_batch(config, data, order, 64*k, device))
+    for k in range(3): updates.train_step(state.denoiser, state, updates.make_batch(config, data, order, 64*k, device))
     torch.cuda.set_sync_debug_mode("error")
-    try: T.train_step(state.denoiser, state, T.make_batch(config, data, order, 256, device))
+    try: updates.train_step(state.denoiser, state, updates.make_batch(config, data, order, 256, device))
     finally: torch.cuda.set_sync_debug_mode("default")
 
 

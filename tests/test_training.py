@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from edm_nb import training as T
-from edm_nb import configs, generation, runs
+from edm_nb import configs, folders, generation, runs, updates
 from edm_nb.data import digits, ImageSet
 from edm_nb.randomness import IndexStream
 from edm_nb.framework import GaussianDenoiser
 from edm_nb.preconditioning import Preconditioned, edm_scalings, edm_weight
 
-TOY = dataclasses.replace(configs.PRESETS["toy"], images=640, log_every=320, save_every=0)
+TOY = dataclasses.replace(configs.PRESETS["toy"], images=640, lr_rampup=128, log_every=320, save_every=0)
 
 
 def gen(seed=0):
@@ -222,7 +222,7 @@ def test_paper_presets_build_the_published_sizes():
     "Parameter counts of the paper's CIFAR-10 networks, built on the meta device from the presets."
     data = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), "c", tuple("abcdefghij"))
     for name, count in {"cifar10-cond-ddpmpp": 55_735_299, "cifar10-uncond-ddpmpp": 55_733_891, "cifar10-cond-ncsnpp": 56_400_643}.items():
-        denoiser = T.build_denoiser(configs.PRESETS[name], data)
+        denoiser = updates.build_denoiser(configs.PRESETS[name], data)
         assert sum(p.numel() for p in denoiser.parameters()) == count, name
 
 
@@ -261,12 +261,12 @@ def test_what_the_caller_draws_between_records_does_not_matter():
 @pytest.mark.parametrize("double, limit", [(True, 1e-6), (False, 1e-4)])
 def test_gradient_accumulation_equals_the_full_batch(double, limit):
     data, config = digits(), dataclasses.replace(TOY, augment=0.5)
-    b = T.make_batch(config, data, IndexStream(len(data), 1), 0, torch.device("cpu"))
-    if double: b = T.Batch(b.images.double(), b.sigma.double(), b.noise.double(), b.cond)
+    b = updates.make_batch(config, data, IndexStream(len(data), 1), 0, torch.device("cpu"))
+    if double: b = updates.Batch(b.images.double(), b.sigma.double(), b.noise.double(), b.cond)
     def gradient(config):
-        state = T.new_state(config, data, torch.device("cpu"))
+        state = updates.new_state(config, data, torch.device("cpu"))
         if double: state.denoiser.double()
-        T.backward(state.denoiser, state, b)
+        updates.backward(state.denoiser, state, b)
         return torch.cat([p.grad.flatten() for p in state.denoiser.parameters()])
     full = gradient(config)
     for micro in (8, 32):
@@ -276,7 +276,7 @@ def test_gradient_accumulation_equals_the_full_batch(double, limit):
 def test_parts_of_a_batch_are_the_whole_batch():
     "Two processes together draw what one draws: images, order, σ, noise, augmentation, dropped labels."
     config, data = dataclasses.replace(TOY, augment=0.5, label_dropout=0.3, xflip=True), digits()
-    make = lambda rank, world: T.make_batch(config, data, IndexStream(len(data), 1), 128, torch.device("cpu"), rank, world)
+    make = lambda rank, world: updates.make_batch(config, data, IndexStream(len(data), 1), 128, torch.device("cpu"), rank, world)
     whole, parts = make(0, 1), [make(0, 2), make(1, 2)]
     for name in ("images", "sigma", "noise"):
         torch.testing.assert_close(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name), rtol=0, atol=1e-6)
@@ -335,7 +335,7 @@ def test_rectangles_train_and_sample_as_rectangles(tmp_path):
     config = dataclasses.replace(TOY, images=128, log_every=64, grid_every=128)
     model = runs.fit(config, data=rectangles(), folder=tmp_path, device="cpu")
     assert model.net.resolution == [8, 16] and generation.image_shape(model) == (1, 8, 16)
-    assert runs.sample_grid(model, rows=1, steps=2).shape == (10, 1, 8, 16)
+    assert folders.sample_grid(model, rows=1, steps=2).shape == (10, 1, 8, 16)
     assert (tmp_path/"samples"/"000000128.png").exists()
     from edm_nb import checkpoints
     assert generation.image_shape(checkpoints.load(tmp_path)) == (1, 8, 16)
@@ -344,7 +344,7 @@ def test_rectangles_train_and_sample_as_rectangles(tmp_path):
 def test_a_network_that_does_not_fit_the_data_is_refused():
     for name, value in dict(resolution=16, channels=3, label_dim=11, augment_dim=9).items():
         config = dataclasses.replace(TOY, network=dict(TOY.network, **{name: value}))
-        with pytest.raises(ValueError, match=f"network.{name} is {value}, but the data make it"): T.build_denoiser(config, digits())
+        with pytest.raises(ValueError, match=f"network.{name} is {value}, but the data make it"): updates.build_denoiser(config, digits())
     with pytest.raises(ValueError, match="only square"): runs.shrink(rectangles(), 4)
 
 
@@ -376,25 +376,25 @@ def test_a_limited_set_is_a_fair_and_fixed_choice(tmp_path):
 
 def test_facts_tell_sets_apart():
     data = digits()
-    one = runs.data_facts(data)
-    assert one == runs.data_facts(digits()) and one["n"] == 1797 and one["shape"] == [1, 8, 8] and one["labels"] == "classes"
+    one = folders.data_facts(data)
+    assert one == folders.data_facts(digits()) and one["n"] == 1797 and one["shape"] == [1, 8, 8] and one["labels"] == "classes"
     changed = data.images.clone(); changed[-1, 0, 7, 7] ^= 1
     relabelled = data.labels.clone(); relabelled[0] = 9 - relabelled[0]
     for other in (dataclasses.replace(data, images=changed), dataclasses.replace(data, labels=relabelled), dataclasses.replace(data, images=data.images.flip(0))):
-        assert runs.data_facts(other)["sha256"] != one["sha256"]
-    large = runs.data_facts(data, most=data.images.nbytes // 5)          # every fifth or sixth image is summed, in pieces or at once
-    assert large["sha256"] != one["sha256"] and large == runs.data_facts(data, most=data.images.nbytes // 5)
+        assert folders.data_facts(other)["sha256"] != one["sha256"]
+    large = folders.data_facts(data, most=data.images.nbytes // 5)          # every fifth or sixth image is summed, in pieces or at once
+    assert large["sha256"] != one["sha256"] and large == folders.data_facts(data, most=data.images.nbytes // 5)
     vectors = ImageSet(torch.zeros(4, 4, 8, 8), torch.zeros(4, 3))
-    assert runs.data_facts(vectors)["labels"] == "vectors" and runs.data_facts(vectors)["dtype"] == "float32"
+    assert folders.data_facts(vectors)["labels"] == "vectors" and folders.data_facts(vectors)["dtype"] == "float32"
 
 
 def test_grids_of_vector_labels_show_the_data_s_own_labels():
     seen = []
-    net = T.build_denoiser(TOY, digits()).eval()
+    net = updates.build_denoiser(TOY, digits()).eval()
     plain = net.forward
     net.forward = lambda x, sigma, class_labels=None, **more: (seen.append(class_labels), plain(x, sigma, class_labels))[1]
     vectors = torch.rand(3, 10, generator=gen())
-    runs.sample_grid(net, rows=1, steps=1, labels=vectors)
+    folders.sample_grid(net, rows=1, steps=1, labels=vectors)
     torch.testing.assert_close(seen[0], vectors[torch.arange(10) % 3], rtol=0, atol=0)
     latents = ImageSet(torch.randn(32, 4, 8, 8, generator=gen()))
     with pytest.raises(ValueError, match="grid_every"): runs.check_data(dataclasses.replace(TOY, conditional=False, grid_every=64), latents)

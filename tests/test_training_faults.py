@@ -13,16 +13,15 @@ import torch
 from patience import PATIENCE
 
 from edm_nb import checkpoints
-from edm_nb import configs, generation, runs
-from edm_nb import training as T
+from edm_nb import configs, folders, runs, updates
 from edm_nb.data import digits
 
-TOY = dataclasses.replace(configs.PRESETS["toy"], batch=32, images=640, log_every=32, save_every=64, augment=0.3, label_dropout=0.1,
+TOY = dataclasses.replace(configs.PRESETS["toy"], batch=32, images=640, lr_rampup=64, log_every=32, save_every=64, augment=0.3, label_dropout=0.1,
                           network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1, dropout=0.1))
 SCRIPT = """
 import sys, json
 from edm_nb import training as T
-from edm_nb import configs, runs
+from edm_nb import configs, folders, generation, runs, updates
 config = configs.config_from(json.loads(sys.argv[1]))
 for record in runs.train(config, sys.argv[2], device="cpu"):
     print(record.images, flush=True)
@@ -36,7 +35,7 @@ def run_all(config, folder=None, **more):
 
 def everything(state):
     "All tensors of a state, in a fixed order."
-    return {k: v.clone() for k, v in sorted(runs.state_tensors(state).items())}
+    return {k: v.clone() for k, v in sorted(folders.state_tensors(state).items())}
 
 
 def same(a, b):
@@ -123,20 +122,20 @@ def test_kept_models_stay(tmp_path):
     for record in runs.train(dataclasses.replace(TOY, images=320, keep_every=128, save_every=64), tmp_path, device="cpu"):
         if record.images == 128: average = {k: v.clone() for k, v in record.state.ema.averages.items()}
     assert [p.name for p in sorted(tmp_path.glob("model-*.safetensors"))] == [f"model-{n:09d}.safetensors" for n in (128, 256, 320)]
-    kept = checkpoints.load(generation.model_at(tmp_path, 128))
+    kept = checkpoints.load(folders.model_at(tmp_path, 128))
     assert all(torch.equal(p, average[k]) for k, p in kept.named_parameters())
 
 
 def poison(monkeypatch, when):
     "Make the loss NaN at chosen updates (counted from 0)."
-    plain, count = T.backward, iter(range(10**9))
+    plain, count = updates.backward, iter(range(10**9))
     def broken(forward, state, batch, world=1):
         loss = plain(forward, state, batch, world)
         if when(next(count)):
             loss = loss * float("nan")
             for p in state.denoiser.parameters(): p.grad.fill_(float("nan"))
         return loss
-    monkeypatch.setattr(T, "backward", broken)
+    monkeypatch.setattr(updates, "backward", broken)
 
 
 def test_non_finite_update_is_skipped_and_counted(monkeypatch):
@@ -155,8 +154,8 @@ def test_non_finite_update_is_skipped_and_counted(monkeypatch):
 
 
 def test_infinite_loss_with_finite_gradients_is_skipped_too(monkeypatch):
-    plain = T.backward
-    monkeypatch.setattr(T, "backward", lambda *a: plain(*a) + float("inf"))
+    plain = updates.backward
+    monkeypatch.setattr(updates, "backward", lambda *a: plain(*a) + float("inf"))
     with pytest.raises(runs.TrainingDiverged): run_all(TOY)
 
 

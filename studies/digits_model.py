@@ -1,15 +1,18 @@
 """Train the digits model that the chapters load: the `digits` preset, measured, written to results/models/.
 
-    python benchmarks/digits_model.py                  # results/models/digits.safetensors, .json, .png
-    python benchmarks/digits_model.py --rows           # the same network trained as VP, VE, iDDPM and EDM
+    python studies/digits_model.py                  # results/models/digits.safetensors, .json, .png
+    python studies/digits_model.py --rows           # the same network trained as VP, VE, iDDPM and EDM
 """
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
 import torch
-from record import RESULTS, cpu_name, now, versions
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from record import RESULTS, cpu_name, now, versions  # noqa: E402
 
 from edm_nb import checkpoints
 from edm_nb.data import digits, one_hot, to_uint8
@@ -17,8 +20,9 @@ from edm_nb.figures import save_png
 from edm_nb.features import feature_stats, pixels, stats_distance
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
 from edm_nb.configs import PRESETS, table_1_rows
-from edm_nb.training import ema_denoiser
-from edm_nb.runs import sample_grid, train
+from edm_nb.updates import ema_denoiser
+from edm_nb.folders import sample_grid
+from edm_nb.runs import train
 
 
 def pixel_distance(denoiser, seed=0, steps=18):
