@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MODULE', 'TENSOR', 'PARAMETER', 'STORAGE', 'DICTS', 'MODULE_DICT', 'SCALARS', 'OFFICIAL_GLOBALS',
-           'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'model_files', 'save',
-           'read_config', 'read_tensors', 'fit', 'rebuild', 'precondition', 'load', 'pack', 'unpack', 'digest',
-           'state_files', 'latest_state', 'save_state', 'read_state', 'load_state', 'last_good', 'rng_state',
-           'set_rng_state', 'read_official', 'as_dict', 'describe', 'read_storage', 'storage_entry', 'read_tensor',
-           'read_module', 'module_tensors', 'number', 'infer_config', 'from_state_dict', 'load_official',
+           'MAX_OFFICIAL', 'STORAGES', 'MAGIC', 'WRAPPERS', 'LICENCE_NOTE', 'CheckpointError', 'model_files',
+           'write_tensors', 'save', 'read_config', 'read_tensors', 'fit', 'rebuild', 'precondition', 'load', 'pack',
+           'unpack', 'digest', 'state_files', 'latest_state', 'save_state', 'read_state', 'load_state', 'last_good',
+           'rng_state', 'set_rng_state', 'read_official', 'as_dict', 'describe', 'read_storage', 'storage_entry',
+           'read_tensor', 'read_module', 'module_tensors', 'number', 'infer_config', 'from_state_dict', 'load_official',
            'check_declared', 'refuse_own', 'convert']
 
 # %% ../nbs/14_checkpoints.ipynb #b216c041
-import hashlib, io, json, math, mmap, random, re, struct
+import errno, hashlib, io, json, math, mmap, random, re, struct
 from pathlib import Path
 import numpy as np
 import torch
@@ -38,6 +38,24 @@ def model_files(path,          # folder, .safetensors or .json
     if path.suffix not in (".safetensors", ".json"): path = path/"model.safetensors"
     return path.with_suffix(".safetensors"), path.with_suffix(".json")
 
+# %% ../nbs/14_checkpoints.ipynb #7c41d0aa
+def write_tensors(path:Path,        # the file
+                  tensors:dict,     # name -> contiguous tensor on the CPU
+                  metadata:dict,    # text for the header
+                 ) -> Path:         # the file
+    """Write a safetensors file, whole or not at all.
+
+    Raises OSError where the disk is full: the library has an error of its own for it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    def write(file:Path) -> None:
+        try: save_file(tensors, file, metadata=metadata)
+        except SafetensorError as error:
+            full = "No space left" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+    return write_atomic(path, write)
+
 # %% ../nbs/14_checkpoints.ipynb #d7743c9b
 def save(path,                     # folder, or a name that ends in .safetensors
          denoiser:Preconditioned,  # its network needs a `.config` that `build_network` understands
@@ -45,14 +63,13 @@ def save(path,                     # folder, or a name that ends in .safetensors
          **extra,                  # JSON-able notes: data, images seen, results
         ) -> Path:                 # the tensor file
     "Write a denoiser as safetensors and a JSON configuration that rebuilds it; the live model is untouched."
-    from safetensors.torch import save_file
     tensors, config = model_files(path)
     if not hasattr(denoiser.net, "config"): raise CheckpointError(f"{path}: {type(denoiser.net).__name__} has no .config to rebuild it from")
     state = {name: value.detach().cpu().contiguous().clone() for name, value in denoiser.net.state_dict().items()}
     record = dict(format=FORMAT, package="edm_nb", version=__version__, network=denoiser.net.config, denoiser=denoiser.config)
     record |= dict(licence=licence) if licence else {}
     json.dumps(record | extra)         # before anything is written: not JSON-able raises here
-    write_atomic(tensors, lambda file: save_file(state, file, metadata={"format": "pt"}))
+    write_tensors(tensors, state, {"format": "pt"})
     record |= dict(sha256=file_hash(tensors), extra=extra)
     write_atomic(config, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
     return tensors
@@ -195,12 +212,12 @@ def save_state(folder,           # made if missing
                keep:int=3,       # how many of the newest states stay
               ) -> Path:         # the file
     "Write one training state, whole or not at all, then delete all but the last `keep`."
-    from safetensors.torch import save_file
     if keep < 1: raise ValueError(f"keep={keep}: expected at least 1")
+    if not 0 <= step < 10**12: raise ValueError(f"step={step}: expected a counter from 0 to below 10^12")
     path, flat = Path(folder)/f"state-{step:012d}.safetensors", {}
     text = json.dumps(dict(format=FORMAT, version=__version__, step=step, tree=pack(tensors, flat), meta=meta or {}))
     flat = {name: value.detach().cpu().contiguous().clone() for name, value in flat.items()}
-    write_atomic(path, lambda file: save_file(flat, file, metadata={"state": text, "digest": digest(flat, text)}))
+    write_tensors(path, flat, {"state": text, "digest": digest(flat, text)})
     for old in [file for file in state_files(folder)[:-keep] if file != path]: old.unlink(missing_ok=True)
     for left in Path(folder).glob("state-*.tmp"): left.unlink(missing_ok=True)      # of a process that was killed
     return path

@@ -39,9 +39,9 @@ from edm_nb.features import (
 )
 from .preconditioning import estimate_sigma_data, suggest_settings
 from .configs import config_from, PRESETS, TrainConfig
-from .folders import foreign, holds_run, read_log, with_length
+from .folders import FolderBusy, foreign, holds_run, read_log, with_length
 from edm_nb.runs import (
-    choose, FolderBusy, join_team, load_data, on_first, pick_device, train as run_training,
+    choose, join_team, load_data, on_first, pick_device, train as run_training,
     TrainingDiverged
 )
 

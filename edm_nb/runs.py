@@ -7,7 +7,7 @@ __all__ = ['choose', 'load_data', 'shrink', 'to_device', 'check_data', 'check_sc
            'told_by_torchrun', 'join_team', 'gather', 'on_first', 'agree', 'wrap', 'Progress', 'TrainingDiverged',
            'Meter', 'deferred_interrupt', 'due', 'run_loop', 'open_run', 'finish', 'train', 'fit']
 
-# %% ../nbs/25_runs.ipynb #ee126ffd
+# %% ../nbs/25_runs.ipynb #f1693ec2
 import contextlib, dataclasses, math, os, signal, sys, threading, time, torch
 import torch.distributed as dist
 from collections.abc import Callable, Iterator
@@ -20,9 +20,9 @@ from . import checkpoints
 from .configs import check_length, TrainConfig
 from .data import cifar10, digits, ImageSet, load_images
 from edm_nb.folders import (
-    check_continues, clear_run, data_facts, FolderBusy, holds_run, lock_folder,
+    check_continues, clear_run, data_facts, holds_run, lock_folder,
     mend_log, model_is_current, restore_run, RunLog, save_model, save_run, sweep
-)  # noqa: F401
+)
 from .preconditioning import estimate_sigma_data, Preconditioned, warn_sigma_data
 from .randomness import IndexStream, stream_seed
 from edm_nb.updates import (

@@ -139,9 +139,9 @@ def test_errors_and_disagreement_reach_every_process(monkeypatch):
     with pytest.raises(ValueError, match="process 0: 4; process 1: 5"): runs.agree(team, lambda: 4)
     other_says((None, OSError("no disk")))
     with pytest.raises(ValueError, match="process 1: no disk"): runs.agree(team, lambda: 5)
-    def exchange(everyone, mine): everyone[:] = [(None, runs.FolderBusy("busy")), mine]
+    def exchange(everyone, mine): everyone[:] = [(None, folders.FolderBusy("busy")), mine]
     monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
-    with pytest.raises(runs.FolderBusy, match="busy"): runs.on_first(runs.Team(1, 2, torch.device("cpu")), lambda: 1/0)
+    with pytest.raises(folders.FolderBusy, match="busy"): runs.on_first(runs.Team(1, 2, torch.device("cpu")), lambda: 1/0)
 
 
 def pretend_gpus(monkeypatch, count):

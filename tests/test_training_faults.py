@@ -261,7 +261,7 @@ def test_overwriting_needs_the_lock_and_a_run(tmp_path):
     run_all(dataclasses.replace(TOY, images=64), tmp_path/"run")
     other = runs.train(TOY, tmp_path/"run", device="cpu")
     next(other)
-    with pytest.raises(runs.FolderBusy): next(runs.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
+    with pytest.raises(folders.FolderBusy): next(runs.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
     other.close()
     assert checkpoints.latest_state(tmp_path/"run"/"state") is not None
     first = next(runs.train(TOY, tmp_path/"run", device="cpu", overwrite=True))
