@@ -18,7 +18,8 @@ from edm_nb import checkpoints
 from edm_nb.configs import config_from
 from edm_nb.data import digits
 from edm_nb.runs import train
-from edm_nb.training import build_denoiser, ema_denoiser, loss_per_sigma
+from edm_nb.training import loss_per_sigma
+from edm_nb.updates import build_denoiser, ema_denoiser
 
 
 def measured(denoise, data, levels, n, seeds):

@@ -30,7 +30,7 @@ from edm_nb.oracles import IdealDenoiser
 from edm_nb.randomness import SeededNoise
 from edm_nb.runs import train
 from edm_nb.stochastic import Churn, churn_gammas, churn_loop, langevin_states, MAX_GAMMA, sample_sde, sample_states, song_beta
-from edm_nb.training import ema_denoiser
+from edm_nb.updates import ema_denoiser
 
 
 class Record:
