@@ -201,11 +201,11 @@ export function euler(denoiser, schedule, x, here, next) {
 }
 
 // Two stages (Algorithm 3): the second slope is taken at t + alpha h. alpha = 1 is Heun (Algorithm 1), 1/2 the midpoint.
-// Where the second slope would fall on sigma = 0, the step stays Euler's.
+// The step to sigma = 0 is Euler's for every alpha.
 export const rk2 = (alpha = 1) => function step(denoiser, schedule, x, here, next) {
   const h = next.t - here.t, d = slope(denoiser, x, here), w = 1 / (2 * alpha);
+  if (next.sigma === 0) return along(x, h, d);
   const middle = alpha === 1 ? next : knotAt(schedule, here.t + alpha * h);
-  if (middle.sigma === 0) return along(x, h, d);
   const dMiddle = slope(denoiser, along(x, alpha * h, d), middle);
   return along(along(x, h * (1 - w), d), h * w, dMiddle);
 };
@@ -256,7 +256,7 @@ export function integrate(denoiser, schedule, x, levels, step) {
 }
 
 // How often the denoiser is called for N steps that end at sigma = 0.
-export const evaluations = { euler: n => n, heun: n => 2 * n - 1, alpha: n => 2 * n, multistep: n => n, dpmpp2m: n => n };
+export const evaluations = { euler: n => n, heun: n => 2 * n - 1, alpha: n => 2 * n - 1, multistep: n => n, dpmpp2m: n => n };
 
 // --- noise on the way ------------------------------------------------------------------------------------------------
 

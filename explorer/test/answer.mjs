@@ -17,6 +17,7 @@ const answers = {
   schedule: (name, t) => { const { sigma, dsigma, s, ds } = numerics.knotAt(schedule(name), t); return [sigma, dsigma, s, ds, schedule(name).inverse(sigma)]; },
   slope: (data, name, x, t) => numerics.slope(exact(data), x, numerics.knotAt(schedule(name), t)),
   run: (data, name, x, levels, step) => numerics.integrate(exact(data), schedule(name), x, levels, solver(step)).flatMap(state => [...state]),
+  calls: (name, n) => numerics.evaluations[name](n),
   churnGammas: (levels, churn) => numerics.churnGammas(levels, churn),
   churn: (data, name, x, levels, churn, noises, step) => {
     const moments = numerics.knots(schedule(name), levels), gammas = numerics.churnGammas(levels, churn), history = [];

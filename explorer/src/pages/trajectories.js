@@ -15,7 +15,7 @@ const NOISE = Float64Array.from({ length: POINTS }, (_, i) => {
 });
 const SOLVERS = { euler: ["Euler", "orange"], heun: ["Heun", "blue"], alpha: ["α-family", "sky"], multistep: ["Adams–Bashforth", "purple"], dpmpp2m: ["DPM++(2M)", "green"] };
 const step = (name, { alpha, order }) => ({ euler: numerics.euler, heun: numerics.heun, alpha: numerics.rk2(alpha), multistep: numerics.multistep(order), dpmpp2m: numerics.dpmpp2m })[name];
-const calls = (name, n, { alpha }) => name === "alpha" ? (alpha === 1 ? 2 * n - 1 : 2 * n) : numerics.evaluations[name](n);
+const calls = (name, n) => numerics.evaluations[name](n);
 const data = width => numerics.mixture([[-1], [0], [1.2]], [width, width, width], [0.3, 0.2, 0.5]);
 
 export const trajectories = {
@@ -77,7 +77,7 @@ export const trajectories = {
           const [name, n] = queue.shift(), levels = numerics.spaced(state.spacing, n, FIRST, state.sigma_max, state.rho);
           const got = numerics.integrate(D, schedule, start.map(x => s * x), levels, step(name, state)).pop();
           const rms = Math.sqrt(got.reduce((sum, v, i) => sum + (v - ends[i]) ** 2, 0) / POINTS);
-          results[name].push({ n, nfe: calls(name, n, state), error: rms });
+          results[name].push({ n, nfe: calls(name, n), error: rms });
         }
         if (!queue.length || performance.now() - shown > 120) { drawErrors(state); shown = performance.now(); }
         if (queue.length) requestAnimationFrame(go); else errors.svg.attr("data-done", mine);
@@ -100,7 +100,7 @@ export const trajectories = {
         .attr("stroke-width", d => chosen(d) ? 3 : 1.6).attr("opacity", d => chosen(d) ? 1 : 0.65);
       const dots = shown.flatMap(([name, list]) => list.map(r => ({ ...r, name })));
       join(errors.ink, "circle.run", dots).attr("cx", r => f.x(r[cost])).attr("cy", r => f.y(Math.max(r.error, low / 2))).attr("r", r => r.name === state.solver ? 3.4 : 2).attr("fill", r => colour(SOLVERS[r.name][1]));
-      const at = calls(state.solver, state.N, state), here = cost === "nfe" ? at : state.N;
+      const at = calls(state.solver, state.N), here = cost === "nfe" ? at : state.N;
       join(errors.ink, "line.now", [0]).attr("x1", f.x(here)).attr("x2", f.x(here)).attr("y1", f.inner.top).attr("y2", f.inner.bottom).attr("stroke", colour("ink")).attr("stroke-dasharray", "3 3");
       // guides of slope 1 and 2 from one corner
       const from = 24, guide = order => [from, 256].map(n => [f.x(n), f.y(high * 0.5 * (from / n) ** order)]);
@@ -170,7 +170,7 @@ export const trajectories = {
       const exact = numerics.exactPath(mix, z * sigma_max, sigma_max, [0])[0];
       reads.end(run[N][0], fixed(run[N][0], 4)); reads.exact(exact, fixed(exact, 4));
       reads.D(goal, fixed(goal, 3)); reads.tangentEnd(landing, Math.abs(landing) < 1e4 ? fixed(landing, 3) : number(landing));
-      reads.nfe(calls(state.solver, N, state), String(calls(state.solver, N, state)));
+      reads.nfe(calls(state.solver, N), String(calls(state.solver, N)));
       // the error of this very setting, by the same measure as the curves
       const start = NOISE.map(v => v * sigma_max), ends = start.map(v => numerics.exactPath(mix, v, sigma_max, [0])[0]);
       const got = numerics.integrate(D, schedule, start.map(v => moments[0].s * v), steps, step(state.solver, state)).pop();

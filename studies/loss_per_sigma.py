@@ -1,6 +1,6 @@
 """The loss at every noise level while a network learns the digits: what page 5 of the explorer lays training noise over.
 
-    python benchmarks/loss_per_sigma.py             # results/loss_per_sigma.json, about five minutes of one core
+    python studies/loss_per_sigma.py             # results/loss_per_sigma.json, about five minutes of one core
 
 The training of results/models/digits is run again, with its recorded configuration and seed, for its first 102,400 images.
 The averaged network is measured on its way with `loss_per_sigma`, and the shipped model at the end.
@@ -9,17 +9,20 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
-from record import RESULTS, hardware, now, versions, write_json
 
-from edm_nb import checkpoints
-from edm_nb.configs import config_from
-from edm_nb.data import digits
-from edm_nb.runs import train
-from edm_nb.training import loss_per_sigma
-from edm_nb.updates import build_denoiser, ema_denoiser
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from record import RESULTS, hardware, now, versions, write_json  # noqa: E402
+
+from edm_nb import checkpoints  # noqa: E402
+from edm_nb.configs import config_from  # noqa: E402
+from edm_nb.data import digits  # noqa: E402
+from edm_nb.runs import train  # noqa: E402
+from edm_nb.training import loss_per_sigma  # noqa: E402
+from edm_nb.updates import build_denoiser, ema_denoiser  # noqa: E402
 
 
 def measured(denoise, data, levels, n, seeds):
