@@ -20,7 +20,7 @@ COLOURS = {
     "VP": "#E69F00", "VE": "#009E73", "iDDPM": "#CC79A7", "EDM": "#0072B2",
     # solvers
     "Euler": "#D55E00", "Heun": "#0072B2", "midpoint": "#56B4E9", "Ralston": "#999933",
-    "multistep": "#882255", "RK45": "#444444",
+    "multistep": "#882255", "DPM++(2M)": "#117733", "RK45": "#444444",
     # samplers and other recurring roles
     "ODE": "#0072B2", "SDE": "#D55E00",
     "Euler-Maruyama": "#E69F00", "Algorithm 2": "#009E73",

@@ -7,7 +7,7 @@ __all__ = ['three_bumps', 'draw_denoiser', 'shares', 'exact_path', 'picture_sche
            'draw_paths', 'draw_trajectories', 'load_ipywidgets', 'with_sliders', 'denoiser_widget',
            'trajectories_widget']
 
-# %% ../nbs/19_widgets.ipynb #c2dd5945
+# %% ../nbs/19_widgets.ipynb #56104df4
 import math
 from collections.abc import Callable
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .figures import COLOURS
 from .framework import LINEAR, VE, MixtureDenoiser, ode_derivative, score, vp_schedule
-from .ode_solvers import count_nfe, edm_sigmas, euler, heun, multistep, ode_states, rk2
+from .ode_solvers import (count_nfe, dpmpp_2m, edm_sigmas, euler, heun, multistep,
+                                ode_states, rk2)
 from .preconditioning import FLOW
 
 # %% ../nbs/19_widgets.ipynb #d56623f6
@@ -28,7 +29,7 @@ def three_bumps(width:float|None=None,  # of every bump; None is chapter 00's de
     means = torch.tensor([[-1.0], [0.0], [1.2]], dtype=torch.float64)
     return MixtureDenoiser(means, torch.tensor(std), torch.tensor([0.3, 0.2, 0.5]))
 
-# %% ../nbs/19_widgets.ipynb #a462f0d0
+# %% ../nbs/19_widgets.ipynb #96bc2cb7
 def draw_denoiser(sigma:float=1.4,  # noise level, > 0
                   x:float=2.2,      # noisy point, in data units
                  ) -> plt.Figure:
@@ -100,7 +101,7 @@ def exact_path(mixture:MixtureDenoiser,  # on a line: means `[K, 1]`
         path.append((low + high) / 2)
     return torch.stack(path)
 
-# %% ../nbs/19_widgets.ipynb #9415e257
+# %% ../nbs/19_widgets.ipynb #94139eda
 def picture_schedules() -> dict:   # name → Schedule
     "The four schedules of the picture."
     return {"linear": LINEAR, "VP": vp_schedule(), "VE": VE, "flow": FLOW}
@@ -109,7 +110,8 @@ def picture_solvers() -> dict:     # name → (step, colour)
     "The solvers of the picture in the book's colours."
     return {"Euler": (euler, COLOURS["Euler"]), "Heun": (heun, COLOURS["Heun"]),
             "midpoint": (rk2(0.5), COLOURS["midpoint"]),
-            "multistep": (multistep(3), COLOURS["multistep"])}
+            "multistep": (multistep(3), COLOURS["multistep"]),
+            "DPM++(2M)": (dpmpp_2m, COLOURS["DPM++(2M)"])}
 
 # %% ../nbs/19_widgets.ipynb #1208d445
 def end_errors(mixture:MixtureDenoiser,  # on a line
@@ -153,9 +155,9 @@ def draw_paths(ax, mixture, schedule, step, colour, levels, z) -> None:
             label="tangent at step 1")
     ax.plot(0, D.item(), "o", color=COLOURS["iDDPM"], label="D there")
 
-# %% ../nbs/19_widgets.ipynb #eac39c25
+# %% ../nbs/19_widgets.ipynb #8908f151
 def draw_trajectories(schedule:str="linear",  # linear, VP, VE or flow
-                      solver:str="Euler",     # Euler, Heun, midpoint or multistep
+                      solver:str="Euler",     # a key of `picture_solvers`
                       n:int=5,                # steps
                       rho:float=7.0,          # spacing of the noise levels
                       z:float=-0.9,           # start of the path, in units of sigma_max

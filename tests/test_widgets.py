@@ -32,14 +32,14 @@ def test_the_denoiser_widget_draws_what_its_sliders_say():
 def test_the_trajectories_widget_draws_what_its_sliders_say():
     pytest.importorskip("ipywidgets")
     box = widgets.trajectories_widget()
-    for solver, schedule in (("Heun", "VP"), ("multistep", "flow")):
+    for solver, schedule in (("Heun", "VP"), ("DPM++(2M)", "flow")):
         slider(box, "solver").value, slider(box, "schedule").value, slider(box, "steps").value = solver, schedule, 7
         box.update()
         left, right = box.result.axes
         (stepped,) = [line for line in left.lines if line.get_label() == "solver"]
         assert schedule in left.get_title() and len(stepped.get_xdata()) == 8
         bold = max(right.lines, key=lambda line: line.get_linewidth())
-        assert bold.get_label() == solver and len(right.lines) == 4
+        assert bold.get_label() == solver and len(right.lines) == 5
         (tangent,) = [line for line in left.lines if line.get_label() == "tangent at step 1"]
         (goal,) = [line for line in left.lines if line.get_label() == "D there"]
         gap = abs(tangent.get_ydata()[1] - goal.get_ydata()[0])

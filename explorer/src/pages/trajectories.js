@@ -13,7 +13,7 @@ const NOISE = Float64Array.from({ length: POINTS }, (_, i) => {
   const u = (i + 0.5) / POINTS, unit = numerics.mixture([[0]], [1], [1]);
   return u < 0.5 ? numerics.quantile(unit, u, 0, -1) : numerics.quantile(unit, 1 - u, 0, 1);
 });
-const SOLVERS = { euler: ["Euler", "orange"], heun: ["Heun", "blue"], alpha: ["α-family", "sky"], multistep: ["Adams–Bashforth", "purple"], dpmpp2m: ["DPM++(2M)", "green"] };
+const SOLVERS = { euler: ["Euler", "orange"], heun: ["Heun", "blue"], alpha: ["α-family", "sky"], multistep: ["Adams–Bashforth", "purple"], dpmpp2m: ["DPM++(2M)", "leaf"] };
 const step = (name, { alpha, order }) => ({ euler: numerics.euler, heun: numerics.heun, alpha: numerics.rk2(alpha), multistep: numerics.multistep(order), dpmpp2m: numerics.dpmpp2m })[name];
 const calls = (name, n) => numerics.evaluations[name](n);
 const data = width => numerics.mixture([[-1], [0], [1.2]], [width, width, width], [0.3, 0.2, 0.5]);
