@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation("KID kernel", "metrics", "part @ b.T/a.shape[1] + 1 for", "part @ b.T + 1 for", "metrics"),
     Mutation("KID unbiased", "metrics", "saa/(n*(n - 1)) + sbb", "saa/(n*n) + sbb", "metrics"),
     Mutation("KID jackknife", "metrics", "(k - 1)/k*(w - w.mean())", "(w - w.mean())", "metrics"),
-    Mutation("bias in 1/n", "metrics", "x, y = 1/np.asarray(sizes, float)", "x, y = np.asarray(sizes, float)**-0.5", "metrics"),
+    Mutation("bias in 1/n", "metrics", "    x = 1/n\n    if len(x)", "    x = n**-0.5\n    if len(x)", "metrics"),
 ]
 
 
