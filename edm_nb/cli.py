@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 # %% ../nbs/15_cli.ipynb #355f78dc
-from . import __version__, checkpoints
+from . import __version__, checkpoints, official
 from .data import ImageSet, cifar10, digits, load_images, write_zip
 from .figures import save_png
 from .files import write_atomic
@@ -528,7 +528,7 @@ def demo(out:Out=Path("runs/demo"),
 @friendly
 def convert(source:Annotated[Path, typer.Argument(help="an official .pkl file")], out:Out, overwrite:Overwrite=False):
     "Turn an official pickle into safetensors and JSON without running any code from it."
-    written = checkpoints.convert(source, free_path(out, overwrite), overwrite)
+    written = official.convert(source, free_path(out, overwrite), overwrite)
     typer.echo(f"wrote {written}; the weights keep the licence of their authors (CC BY-NC-SA 4.0)")
 
 # %% ../nbs/15_cli.ipynb #2e5a0f41

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .augmentation import AugmentPipe
 from .networks import network as unet, STYLES
-from .preconditioning import Preconditioned, vp_sigma
+from .framework import vp_schedule
+from .preconditioning import Preconditioned
 from .training import QUANTILES, WEIGHTS
 
 # %% ../nbs/24_configs.ipynb #02313ee4
@@ -153,7 +154,7 @@ def check_tables(config:TrainConfig) -> None:   # the rest of `check_config`
         raise ValueError(f"network.arch is {short(arch)}; expected one of "
                          f"{', '.join(STYLES)}")
     check_names("network", config.network, parameters_of(unet, "generator"))
-    quantile, rates = QUANTILES[config.sigma], parameters_of(vp_sigma, "t")
+    quantile, rates = QUANTILES[config.sigma], parameters_of(vp_schedule)
     check_names(f"sigma_args of {config.sigma!r}", config.sigma_args,
                 parameters_of(quantile, "u") + rates * (config.sigma == "vp"))
     check_names("augment_args", config.augment_args, parameters_of(AugmentPipe, "p"))

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from .checks import broadcast_sigma
 from .data import ImageSet, one_hot, to_float
-from .preconditioning import check_sigma_data, edm_weight, iddpm_levels, vp_sigma
+from .framework import iddpm_levels, vp_schedule
+from .adapters import check_sigma_data
+from .preconditioning import edm_weight
 
 # %% ../nbs/04_training.ipynb #a31a546c
 def inverse_square_weight(sigma:Tensor,           # noise levels, any shape
@@ -87,7 +89,7 @@ def vp_quantile(u:Tensor,                # uniform in (0, 1), any shape
                 **rates,                 # beta_d and beta_min of the VP schedule
                ) -> Tensor:              # σ, same shape
     "VP: t ~ U(ε_t, 1), mapped by the VP schedule's σ(t)."
-    return vp_sigma(epsilon_t + (1 - epsilon_t) * u, **rates)
+    return vp_schedule(**rates).sigma(epsilon_t + (1 - epsilon_t) * u)
 
 # %% ../nbs/04_training.ipynb #78bac77b
 def ve_quantile(u:Tensor,                # uniform in (0, 1), any shape

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from edm_nb import checkpoints
+from edm_nb import checkpoints, official
 from edm_nb.checkpoints import CheckpointError, latest_state, load, load_state, read_config, rng_state, save, save_state, set_rng_state, state_files
 from edm_nb.files import file_hash
 from edm_nb.networks import adm, ddpmpp, ncsnpp, tiny
@@ -102,10 +102,10 @@ def model(tmp_path):
 
 def test_our_own_files_need_no_conversion(model, tmp_path):
     for path, out in ((model, tmp_path/"out"), (model, model), (save(tmp_path/"run", Preconditioned(NETS["tiny"]())).parent, tmp_path/"out")):
-        refuse(lambda: checkpoints.convert(path, out), "already an edm_nb checkpoint", path.name)
+        refuse(lambda: official.convert(path, out), "already an edm_nb checkpoint", path.name)
     assert not (tmp_path/"out").exists()
     model.with_suffix(".json").write_text("[1]")                      # a stranger's JSON is no reason to refuse
-    refuse(lambda: checkpoints.convert(model, tmp_path/"out"), "tensors|network", "model.safetensors")
+    refuse(lambda: official.convert(model, tmp_path/"out"), "tensors|network", "model.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 3, 2**22, 2**22 + 1])
@@ -137,9 +137,9 @@ def test_truncated_and_missing(model):
 
 
 @pytest.mark.parametrize("change,match", [
-    (dict(format=2), "format 2, this version reads 1"), (dict(network={"arch": "x"}), "builds no network"), (dict(network=[]), "builds no network"),
-    (dict(network=None), "builds no network"), (dict(denoiser={}), "lacks denoiser.scalings"), (dict(denoiser={"scalings": "edm", "sigma_data": -1}), "do not fit"),
-    (dict(denoiser={"scalings": "edm", "colour": 1}), "do not fit"), (dict(denoiser=[]), "lacks denoiser.scalings"), (dict(sha256=5), "sha256")])
+    (dict(format=2), "format 2, this version reads 1"), (dict(network={"arch": "x"}), "builds no network"), (dict(network=[]), "network is list, expected dict"),
+    (dict(network=None), "network is NoneType"), (dict(denoiser={}), "denoiser lacks scalings"), (dict(denoiser={"scalings": "edm", "sigma_data": -1}), "do not fit"),
+    (dict(denoiser={"scalings": "edm", "colour": 1}), "do not fit"), (dict(denoiser=[]), "denoiser is list"), (dict(sha256=5), "sha256")])
 def test_odd_record(model, change, match):
     file = model.with_suffix(".json")
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -147,7 +147,7 @@ def test_odd_record(model, change, match):
 
 
 @pytest.mark.parametrize("change,match", [
-    (dict(model_channels=10**6), "shape|missing"), (dict(num_blocks=10**9), "more blocks than tensors"), (dict(num_blocks=2), "missing"),
+    (dict(model_channels=10**6), "shape|missing"), (dict(num_blocks=10**9), "more than 256 blocks"), (dict(num_blocks=2), "missing"),
     (dict(label_dim=5), "shape"), (dict(label_dim=0), "left over"), (dict(channels=1), "shape"), (dict(channel_mult=[1, 10**6]), "shape"), (dict(channel_mult=[]), "builds no"),
     (dict(resolution="8"), "builds no")])
 def test_configuration_that_does_not_fit(model, change, match):
@@ -377,3 +377,155 @@ def test_no_pickle_and_no_unsafe_load():
         text = (ROOT/"edm_nb"/f"{name}.py").read_text()
         for word in ("pickle.load", "torch.load", "eval(", "exec(", "allow_pickle=True", "weights_only"):
             assert word not in text.replace("net.eval()", "").replace(".eval()", ""), (name, word)
+
+
+# ---- what a stranger's file may contain ------------------------------------------------------------------------------
+
+def rewritten(file, change):
+    "The JSON half of a checkpoint after `change(record)`."
+    config = file.with_suffix(".json")
+    record = json.loads(config.read_text())
+    config.write_text(json.dumps(change(record) or record))
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r.update(extra=[]), lambda r: r.update(extra=None), lambda r: r.update(extra={"train_config": {}, "images": 1, "data": "here"}), lambda r: r.update(extra={"train_config": 3}),
+    lambda r: r.update(extra={"train_config": {}, "data": {}, "images": "many"}), lambda r: r.update(extra={"train_config": {}, "data": {}, "images": True}), lambda r: r.update(network=[1]), lambda r: r.update(sha256=None),
+    lambda r: r.update(denoiser=None), lambda r: r["denoiser"].update(scalings=7), lambda r: r["denoiser"].update(scalings=["edm"]),
+    lambda r: r["denoiser"].update(sigma_data=10**400), lambda r: r["denoiser"].update(sigma_data="0.5"), lambda r: r["denoiser"].update(sigma_min=10**400),
+    lambda r: r["denoiser"].update(sigma_max=[1]), lambda r: r["denoiser"].update(scalings="flow", time_scale="1000"), lambda r: r["denoiser"].update(scalings="vp", beta_d=10**400),
+    lambda r: r["denoiser"].update(scalings="iddpm", M=10**10), lambda r: r["denoiser"].update(scalings="iddpm", C_2=-1), lambda r: r["denoiser"].update(scalings="iddpm", C_1=0),
+    lambda r: r["denoiser"].update(scalings="iddpm", levels=[1.0, 2.0, 0.0]), lambda r: r["denoiser"].update(scalings="iddpm", levels=[[1.0]]),
+    lambda r: r["denoiser"].update(scalings="iddpm", levels=[3.0, float("nan"), 0.0]), lambda r: r["network"].update(num_blocks="x" * 60_000, channel_mult=[1] * 60_000),
+    lambda r: r["network"].update(channel_mult=[1] * 100_000), lambda r: r["network"].update(resolution=10**400), lambda r: r["network"].update(attn_resolutions=None),
+    lambda r: r["network"].update(arch={}), lambda r: r["network"].update({"\x1b]0;owned\x07": 1}), lambda r: r.update(format="\x1b[2J"), lambda r: [r]])
+def test_records_from_strangers_end_in_one_line(model, change):
+    rewritten(model, change)
+    with pytest.raises(CheckpointError) as caught:
+        load(model)
+    message = str(caught.value)
+    assert message.isprintable() and "model." in message and len(message) < 700, message
+
+
+def test_a_record_without_notes_is_whole(model):
+    rewritten(model, lambda r: {k: v for k, v in r.items() if k != "extra"})
+    assert read_config(model)["extra"] == {} and load(model)
+
+
+def test_sparse_files_are_refused_by_their_size(model, monkeypatch):
+    "Eight gigabytes of nothing beside a small network: neither hashed nor parsed."
+    monkeypatch.setattr(checkpoints, "file_hash", lambda path: pytest.fail("hashed"))
+    with open(model, "r+b") as file:
+        file.truncate(8 * 2**30)
+    refuse(lambda: load(model), "bytes; the network that model.json describes has at most", "model.safetensors")
+    with open(model.with_suffix(".json"), "r+b") as file:
+        file.truncate(8 * 2**30)
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: pytest.fail("read"))
+    refuse(lambda: read_config(model), "a configuration has at most", "model.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_pipes_are_no_files(model):
+    for path, action in ((model.with_suffix(".json"), read_config), (model, load), (model, checkpoints.read_tensors)):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        refuse(lambda: action(model), "no such file", "model.")
+        path.unlink()
+        path.write_text("{}")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_the_wrong_type(model, dtype):
+    from safetensors.torch import save_file
+    tensors = checkpoints.read_tensors(model)
+    name = sorted(tensors)[3]
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, model)
+    rewritten(model, lambda r: r.update(sha256=file_hash(model)))
+    refuse(lambda: load(model), "weights are float32|not a whole", "model.safetensors")
+
+
+def test_mixed_precision_and_nan(model):
+    from safetensors.torch import save_file
+    sound = checkpoints.read_tensors(model)
+    name = sorted(sound)[3]
+    for value, words in ((sound[name].half(), "parameters of types torch.float16, torch.float32"), (sound[name] * float("nan"), "holds NaN"),
+                         (sound[name] / 0, "holds NaN or infinite")):
+        save_file(sound | {name: value}, model)
+        rewritten(model, lambda r: r.update(sha256=file_hash(model)))
+        refuse(lambda: load(model), words, "model.safetensors")
+
+
+def forged(folder, text, **tensors):
+    "A state with a right checksum over whatever text."
+    from safetensors.torch import save_file
+    path = Path(folder)/"state-000000000001.safetensors"
+    save_file(tensors, path, metadata={"state": text, "digest": checkpoints.digest(tensors, text)})
+    return path
+
+
+STATE = dict(format=1, version="0", step=1, tree={"dict": []}, meta={})
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "3", "null", '"x"', "[" * 100_000, json.dumps(STATE | dict(format=None)), json.dumps(STATE | dict(meta=[])), json.dumps({k: v for k, v in STATE.items() if k != "tree"}),
+    json.dumps({k: v for k, v in STATE.items() if k != "meta"}), json.dumps(STATE | dict(tree={"tensor": "absent"})), json.dumps(STATE | dict(tree={"tensor": []})),
+    json.dumps(STATE | dict(tree={"dict": 3})), json.dumps(STATE | dict(tree={"dict": [[1]]})), json.dumps(STATE | dict(tree={"dict": [[[], {"value": 1}]]})),
+    json.dumps(STATE | dict(tree={"list": [3]})), json.dumps(STATE | dict(tree={"list": None})), json.dumps(STATE | dict(tree={"value": 1, "list": []})), json.dumps(STATE | dict(tree={})),
+    json.dumps(STATE | dict(tree={"import": "os"})), json.dumps(STATE | dict(tree=None)), '{"format": 1, "meta": {}, "tree": ' + '{"list": [' * 3000 + "]}" * 3000 + "}"],
+    ids=lambda text: text[:40])
+def test_forged_states_end_in_one_line(tmp_path, text):
+    "A checksum says that nothing changed, not who wrote it."
+    path = forged(tmp_path, text, a=torch.zeros(2))
+    refuse(lambda: load_state(path), ".", path.name)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.pop("cpu"), lambda s: s.update(cpu=torch.zeros(3)), lambda s: s.update(cpu=7), lambda s: s.update(numpy={}), lambda s: s["numpy"].update(pos=10**30),
+    lambda s: s["numpy"].update(key=torch.zeros(3)), lambda s: s.update(numpy_gauss=[1]), lambda s: s.update(python=[3, [1, 2], None]), lambda s: s.update(python=None),
+    lambda s: s.update(generators=None), lambda s: s.update(generators={"g": torch.zeros(2)}), lambda s: s.update(cuda=None)])
+def test_generators_of_strangers(change):
+    state = rng_state(g=torch.Generator())
+    change(state)
+    before = random.getstate()
+    try:
+        with pytest.raises(CheckpointError, match="generators"):
+            set_rng_state(state, g=torch.Generator())
+    finally:
+        random.setstate(before)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, None, 10**18])
+def test_a_counter_that_is_none_is_not_written(tmp_path, step):
+    with pytest.raises(ValueError, match="step="):
+        save_state(tmp_path, step, {"a": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
+    "The writer of tensors has an error of its own for it, which nobody above expects."
+    import errno
+
+    import safetensors.torch
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    for action in (lambda: save(tmp_path/"m", Preconditioned(NETS["tiny"]())), lambda: save_state(tmp_path/"s", 1, {"a": torch.zeros(1)})):
+        with pytest.raises(OSError, match="No space left") as caught:
+            action()
+        assert caught.value.errno == errno.ENOSPC
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "model.pkl"])
+def test_names_of_other_formats_are_no_folders(tmp_path, name):
+    for action in (lambda: save(tmp_path/name, Preconditioned(NETS["tiny"]())), lambda: load(tmp_path/name)):
+        refuse(action, "ends in .safetensors", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_networks_own_levels_come_back(tmp_path):
+    levels = [9.0, 3.0, 1.0, 0.1, 0.0]
+    save(tmp_path/"m", Preconditioned(shaken(NETS["tiny"]()), SCALINGS["iddpm"], levels=levels))
+    found = load(tmp_path/"m")
+    assert found.levels.tolist() == levels and found.round_sigma(2.5).item() == 3.0 and (found.sigma_min, found.sigma_max) == (0.1, 9.0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edm_nb.networks import (BINOMIAL, BOX, STYLES, Block, Conv, Linear, adm, attention, build_network, ddpmpp, double,
-                             filter_kernel, halve, ncsnpp, tiny)
+from edm_nb.layers import BINOMIAL, BOX, Conv, GroupNorm, Linear, Positional, double, filter_kernel, halve
+from edm_nb.networks import STYLES, Block, adm, attention, build_network, ddpmpp, ncsnpp, tiny
 
 SMALL = dict(resolution=16, channels=3, label_dim=4, augment_dim=9, channel_mult=(1, 2), num_blocks=1, dropout=0.0)
 FAMILIES = {
@@ -360,7 +360,76 @@ def test_bad_input_is_refused_with_words(call, words):
 
 @pytest.mark.parametrize("make", [ddpmpp, ncsnpp, adm, tiny])
 def test_a_misspelt_size_is_an_error(make):
-    with pytest.raises(TypeError, match="has no argument 'modelchannels'; expected .*model_channels, num_blocks"): make(modelchannels=64)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'modelchannels'"): make(modelchannels=64)
+
+
+def test_all_networks_are_called_alike():
+    "Help and completion show the same arguments in the same order, so one call fits all."
+    import inspect
+    shown = [list(inspect.signature(make).parameters) for make in (ddpmpp, ncsnpp, adm, tiny)]
+    assert all(names == shown[0] for names in shown) and shown[0][:4] == ["resolution", "channels", "label_dim", "augment_dim"]
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for make in (ddpmpp, ncsnpp, adm, tiny) for p in inspect.signature(make).parameters.values())
+    for make in (ddpmpp, ncsnpp, tiny):
+        net = make(16, 2, 5, 9, 8, (1, 2), 2, (8,), 0.25, 0.5, 4)
+        assert net.config == dict(arch=net.config["arch"], resolution=16, channels=2, label_dim=5, augment_dim=9, model_channels=8, channel_mult=[1, 2],
+                                  num_blocks=2, attn_resolutions=[8], dropout=0.25, label_dropout=0.5, out_channels=4)
+
+
+@pytest.mark.parametrize("arch", ["tiny"])
+@pytest.mark.parametrize("change", [dict(num_blocks="x" * 60_000, channel_mult=[1] * 60_000), dict(num_blocks=10**9), dict(channel_mult=[1] * 300), dict(num_blocks=True),
+                                    dict(resolution="16"), dict(resolution=16.0), dict(resolution=[16]), dict(resolution=10**400), dict(attn_resolutions=["a"]),
+                                    dict(model_channels=10**400), dict(channels=[3]), dict(dropout="much"), dict(channel_mult=7), dict(label_dim=None)], ids=lambda v: str(v)[:40])
+def test_configurations_from_strangers_end_in_a_value_error(arch, change):
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        with torch.device("meta"): build_network(dict(FAMILIES[arch]().config) | change)
+    assert len(str(caught.value)) < 400_000
+
+
+# ---- statistics, waves, export ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, ulp", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("channels, mean", [(64, 0.0), (64, 3.0), (8, 30.0)])
+def test_norms_take_low_precision_in_and_out_with_statistics_in_float32(dtype, ulp, channels, mean):
+    "Against float64 of the same rounded numbers: the error is that of rounding the result, three times, not that of a sum in low precision."
+    g = torch.Generator().manual_seed(0)
+    norm, x = GroupNorm(channels), (torch.randn(4, channels, 16, 16, generator=g) + mean).to(dtype)
+    with torch.no_grad(): norm.weight.add_(torch.randn(channels, generator=g) * 0.3); norm.bias.add_(torch.randn(channels, generator=g) * 0.3)
+    with torch.autocast("cpu", dtype): out = norm(x)
+    groups = x.double().reshape(4, norm.groups, -1)
+    plain = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
+    exact = plain.reshape(x.shape) * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    assert out.dtype == dtype
+    assert ((out.double() - exact).abs() <= 1.5 * ulp * (exact.abs() + plain.reshape(x.shape).abs() + 1)).all()
+
+
+def test_norms_run_outside_autocast():
+    "On CUDA autocast would store their result in float32, twice the memory traffic; on a CPU only the switch can be seen."
+    seen, norm, plain = [], GroupNorm(8), F.group_norm
+    try:
+        F.group_norm = lambda *args: (seen.append((torch.is_autocast_enabled("cpu"), args[0].dtype, args[2].dtype)), plain(*args))[1]
+        with torch.autocast("cpu", torch.bfloat16): norm(torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16))
+        norm(torch.zeros(1, 8, 4, 4))
+    finally:
+        F.group_norm = plain
+    assert seen == [(False, torch.bfloat16, torch.bfloat16), (False, torch.float32, torch.float32)]
+
+
+@pytest.mark.parametrize("endpoint", [True, False])
+def test_the_narrowest_embedding_is_finite(endpoint):
+    "One frequency: (half - 1) is 0 there, and 0/0 made every output NaN."
+    waves = Positional(2, endpoint)(torch.tensor([0.0, 1.0]))
+    assert waves.isfinite().all() and waves[1].sort().values.tolist() == pytest.approx([math.cos(1), math.sin(1)])
+    assert tiny(model_channels=2)(torch.randn(2, 1, 8, 8), torch.ones(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("arch", ["tiny", "ncsnpp"])
+def test_exports_with_a_dynamic_batch(arch):
+    net, data = randomised(FAMILIES[arch]()).eval(), inputs(4)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(net, (), data, dynamic_shapes={name: {0: batch} for name in data}).module()
+    for n in (1, 2, 5):
+        other = inputs(n, seed=n)
+        torch.testing.assert_close(program(**other), net(**other), atol=1e-5, rtol=1e-4)
 
 
 # ---- memory format, precision, compilation --------------------------------------------------------------------------

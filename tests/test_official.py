@@ -7,20 +7,25 @@ import collections
 import io
 import os
 import pickle
+import math
 import random
+import subprocess
 import sys
 import tracemalloc
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from edm_nb import checkpoints, networks
-from edm_nb.checkpoints import CheckpointError, load_official
+from edm_nb import checkpoints, networks, official
+from edm_nb.checkpoints import CheckpointError
+from edm_nb.official import Store, load_official
 from edm_nb.preconditioning import Preconditioned, iddpm_levels, iddpm_scalings, ve_scalings, vp_scalings
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "import os\nos.system('touch executed')\nraise RuntimeError('embedded source was executed')\n"
 
 
@@ -127,6 +132,15 @@ def load_bytes(data, tmp_path, **kwargs):
 
 # ---- what must load --------------------------------------------------------------------------------------------------
 
+def published_levels(M=1000, C_1=0.001, C_2=0.008):
+    "iDDPM's table as the published networks carry it: the recursion of Table 1 in float32, step by step, from no function of ours."
+    bar = [torch.sin(torch.tensor(float(j)) * (math.pi / 2) / M / (C_2 + 1)) ** 2 for j in range(M + 1)]
+    u = torch.zeros(M + 1)
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (bar[j - 1] / bar[j]).clip(min=C_1) - 1).sqrt()
+    return u
+
+
 WRAPPED = [
     ("ddpmpp", "EDMPrecond", {}, dict(sigma_data=0.6, sigma_min=0, sigma_max=float("inf"))),
     ("ddpmpp", "VPPrecond", dict(scalings=vp_scalings), dict(beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=1e-5)),
@@ -139,7 +153,9 @@ WRAPPED = [
 @pytest.mark.parametrize("name,wrapper,ours,settings", WRAPPED, ids=[f"{w[0]}-{w[1]}" for w in WRAPPED])
 def test_loads_exactly(nets, tmp_path, name, wrapper, ours, settings):
     net = nets[name]
-    buffers = {"u": iddpm_levels().float()} if wrapper == "iDDPMPrecond" else {}
+    buffers = {"u": published_levels()} if wrapper == "iDDPMPrecond" else {}
+    if buffers:
+        ours = dict(ours, levels=buffers["u"])
     loaded = load_bytes(official_file(net, wrapper, buffers, **settings), tmp_path)
     if wrapper == "EDMPrecond":
         ours = dict(sigma_data=settings["sigma_data"])
@@ -149,6 +165,36 @@ def test_loads_exactly(nets, tmp_path, name, wrapper, ours, settings):
     assert torch.equal(loaded(x, sigma, class_labels=labels), expected(x, sigma, class_labels=labels))
     assert not loaded.training
     assert loaded.net.state_dict().keys() == net.state_dict().keys()
+
+
+def test_a_files_own_table_is_what_its_network_is_told(nets, tmp_path):
+    "The table differs from the exact one by more than a fourth digit, and the network rounds to *it*, in and out of JSON."
+    table = published_levels()
+    exact = iddpm_levels()
+    assert 1e-4 < (table.double() / exact - 1)[:-1].abs().max() < 2e-3
+    source = tmp_path/"network.pkl"
+    source.write_bytes(official_file(nets["adm"], "iDDPMPrecond", {"u": table}, C_1=0.001, C_2=0.008, M=1000))
+    loaded = load_official(source)
+    again = checkpoints.load(official.convert(source, tmp_path/"out"))
+    for denoiser in (loaded, again):
+        assert torch.equal(denoiser.round_sigma(exact), table.double())
+        assert (denoiser.sigma_min, denoiser.sigma_max) == (table[-2].item(), table[0].item())
+    far = table[300:302].double().mean()        # nearer to the one or the other by less than the tables differ
+    x, labels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.eye(7)[:2]
+    assert torch.equal(loaded(x, float(far), class_labels=labels), again(x, float(far), class_labels=labels))
+    missing = load_bytes(official_file(nets["adm"], "iDDPMPrecond", C_1=0.001, C_2=0.008, M=1000), tmp_path)
+    assert torch.equal(missing.levels, exact)   # a file without a table: the schedule that it declares
+
+
+def test_a_file_of_the_authors_own_wrapper():
+    "Written by the published iDDPMPrecond around a tiny network of random weights, with the source text taken out."
+    loaded = load_official(Path(__file__).with_name("iddpm_tiny.pkl"))
+    assert loaded.config["scalings"] == "iddpm" and len(loaded.config["levels"]) == 1001
+    assert (loaded.levels / iddpm_levels() - 1)[:-1].abs().max() > 1e-4
+    torch.testing.assert_close(loaded.levels.float(), published_levels(), rtol=3e-4, atol=0)
+    net = loaded.net
+    x = torch.randn(2, net.channels, net.config["resolution"], net.config["resolution"], generator=torch.Generator().manual_seed(0))
+    assert loaded(x, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("spelling", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -167,9 +213,9 @@ def test_shared_and_strided_storages(tmp_path):
     data = to_bytes(dict(views=views))
     path = tmp_path/"v.pkl"
     path.write_bytes(data)
-    records, storages = checkpoints.read_official(path)["views"], {}
+    records, store = official.read_official(path)["views"], Store(2**20)
     for record, view in zip(records, views):
-        assert torch.equal(checkpoints.read_tensor(record, "v", storages), view)
+        assert torch.equal(official.read_tensor(record, "v", store), view)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
@@ -177,21 +223,21 @@ def test_dtypes(tmp_path, dtype):
     value = torch.arange(6).to(dtype)
     path = tmp_path/"v.pkl"
     path.write_bytes(to_bytes(dict(v=value)))
-    found = checkpoints.read_tensor(checkpoints.read_official(path)["v"], "v", {})
+    found = official.read_tensor(official.read_official(path)["v"], "v", Store(2**20))
     assert found.dtype == dtype and torch.equal(found, value)
 
 
 def test_convert_writes_weights_and_licence(nets, tmp_path):
     source = tmp_path/"network.pkl"
     source.write_bytes(official_file(nets["ddpmpp"], sigma_data=0.5))
-    file = checkpoints.convert(source, tmp_path/"out")
+    file = official.convert(source, tmp_path/"out")
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == ["model.LICENCE.txt", "model.json", "model.safetensors"]
     assert "CC BY-NC-SA 4.0" in (tmp_path/"out"/"model.LICENCE.txt").read_text()
     assert "CC BY-NC-SA 4.0" in checkpoints.read_config(file)["licence"]
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     assert torch.equal(checkpoints.load(file)(x, 1.0), load_official(source)(x, 1.0))
     with pytest.raises(CheckpointError, match="exists"):
-        checkpoints.convert(source, tmp_path/"out")
+        official.convert(source, tmp_path/"out")
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -200,7 +246,7 @@ def test_plain_state_dict(nets, tmp_path, name, prefix):
     from safetensors.torch import save_file
     net = nets[name]
     save_file({prefix + k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path/"plain.safetensors")
-    file = checkpoints.convert(tmp_path/"plain.safetensors", tmp_path/"out", scalings="edm", sigma_data=0.3)
+    file = official.convert(tmp_path/"plain.safetensors", tmp_path/"out", scalings="edm", sigma_data=0.3)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     assert torch.equal(checkpoints.load(file)(x, 1.0), Preconditioned(net, sigma_data=0.3)(x, 1.0))
 
@@ -213,7 +259,7 @@ def test_published_sizes_are_inferred(make):
     "From names and shapes alone, without memory for the weights."
     with torch.device("meta"):
         net = make()
-    found = checkpoints.infer_config(net.state_dict(), "here")
+    found = official.infer_config(net.state_dict(), "here")
     expected = dict(net.config, dropout=0.0, label_dropout=0.0)
     reachable = {int(k.split("x")[0]) for k in (name.split(".")[1].split("_")[0] for name in net.state_dict() if name.startswith("enc."))}
     expected["attn_resolutions"] = [r for r in expected["attn_resolutions"] if r in reachable]
@@ -257,8 +303,49 @@ def test_declared_size_disagrees(nets, tmp_path):
 
 
 def test_wrong_noise_levels(nets, tmp_path):
-    levels = iddpm_levels().float() * 1.01
-    refuse(official_file(nets["adm"], "iDDPMPrecond", {"u": levels}, C_1=0.001, C_2=0.008, M=1000), tmp_path, "noise levels")
+    table = published_levels()
+    swapped, nan = table.clone(), table.clone()
+    swapped[[500, 501]], nan[7] = table[[501, 500]], float("nan")
+    for levels in (table * 1.01, table[:-1], table[1:], table[None], swapped, nan, torch.zeros(0)):
+        refuse(official_file(nets["adm"], "iDDPMPrecond", {"u": levels}, C_1=0.001, C_2=0.008, M=1000), tmp_path, "noise levels")
+    for constants in (dict(C_1=0.0), dict(C_2=-1.0), dict(C_1=5.0), dict(C_1=10**400), dict(C_1=float("nan")), dict(M=999)):
+        declared = dict(C_1=0.001, C_2=0.008, M=1000) | constants
+        refuse(official_file(nets["adm"], "iDDPMPrecond", {"u": table}, **declared), tmp_path, "noise levels|do not fit")
+        refuse(official_file(nets["adm"], "iDDPMPrecond", **declared), tmp_path, "levels|do not fit|finite") if "M" not in constants else None
+
+
+@pytest.mark.parametrize("wrapper, settings", [
+    ("EDMPrecond", dict(sigma_data=10**400)), ("EDMPrecond", dict(sigma_data=0.5, sigma_min=10**400)), ("VPPrecond", dict(beta_d=10**400)), ("EDMPrecond", dict(sigma_data=float("nan"))),
+    ("VPPrecond", dict(M=float("inf"))), ("VEPrecond", dict(sigma_min=3, sigma_max=2))], ids=str)
+def test_settings_that_are_no_numbers(nets, tmp_path, wrapper, settings):
+    refuse(official_file(nets["ddpmpp"], wrapper, **settings), tmp_path, "do not fit")
+
+
+@pytest.mark.parametrize("dtypes", [dict(bias=torch.int64), dict(weight=torch.bool), dict(bias=torch.uint8), dict(weight=torch.float16)], ids=str)
+def test_weights_of_the_wrong_type(tmp_path, dtypes):
+    net = NETS["ddpmpp"]()
+    for name, dtype in dtypes.items():
+        net.map_layer1._parameters[name] = getattr(net.map_layer1, name).detach().to(dtype)
+    refuse(official_file(net, sigma_data=0.5), tmp_path, "weights are float32|parameters of types")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    net = NETS["ddpmpp"]()
+    net.map_layer1.bias.data[3] = value
+    refuse(official_file(net, sigma_data=0.5), tmp_path, "map_layer1.bias holds NaN or infinite")
+
+
+def test_a_files_words_do_not_reach_the_terminal(nets, tmp_path):
+    "Escape sequences could move the cursor, set the title or hide the message."
+    with pytest.raises(CheckpointError) as caught:
+        load_bytes(official_file(nets["ncsnpp"], "Evil\x1b]0;owned\x07\x1b[2J\r\u202e"), tmp_path)
+    assert str(caught.value).isprintable() and "Evil" in str(caught.value) and "\\x1b" in str(caught.value)
+    net = NETS["ddpmpp"]()
+    net.map_layer1.register_buffer("b\x1b[31m", torch.zeros(3))
+    with pytest.raises(CheckpointError, match="left over") as caught:
+        load_bytes(official_file(net, sigma_data=0.5), tmp_path)
+    assert str(caught.value).isprintable()
 
 
 def test_absurd_constants(nets, tmp_path):
@@ -467,6 +554,74 @@ def test_cycles_and_depth(nets, tmp_path):
     refuse(deep, tmp_path, "expected a module, found list")
     doubled = b"\x80\x04]\x94" + b"".join(b"]\x94(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)) + b"."
     refuse(doubled, tmp_path, "expected a dict, found list")
+
+
+def tree(names, leaf, depth):
+    "ModuleDicts, each with many names for the same next one."
+    for _ in range(depth):
+        module = nn.ModuleDict()
+        module.__dict__.clear()
+        module.__dict__.update(_parameters={}, _buffers={}, _modules={f"m{i}": leaf for i in range(names)})
+        leaf = module
+    return leaf
+
+
+def test_shared_modules_are_visited_a_bounded_number_of_times(nets, tmp_path, monkeypatch):
+    "Ten names for the next of fifteen modules are 10^15 paths in 2,680 bytes: visits are counted, not seconds."
+    visits = []
+    plain = official.read_module
+    monkeypatch.setattr(official, "read_module", lambda *args: (visits.append(1), plain(*args))[1])
+    leaf = tree(0, None, 1)
+    data = official_file(nets["ncsnpp"], modules={"model": tree(10, leaf, 15)}, sigma_data=0.5)
+    refuse(data, tmp_path, "more than 10,000 modules")
+    assert len(data) < 5000 and len(visits) <= 10_002
+    visits.clear()
+    load_bytes(official_file(nets["adm"], sigma_data=0.5), tmp_path)
+    assert len(visits) < 1000
+
+
+def test_long_names_are_refused(nets, tmp_path):
+    "A name of a megabyte before a thousand others is a gigabyte of names."
+    inner = tree(0, None, 1)
+    inner.__dict__["_buffers"] = {f"b{i}": None for i in range(1000)} | {"b": torch.zeros(1)}
+    outer = tree(0, None, 1)
+    outer.__dict__["_modules"] = {"x" * 1_000_000: inner}
+    data = official_file(nets["ncsnpp"], modules={"model": outer}, sigma_data=0.5)
+    assert peak_of(lambda: refuse(data, tmp_path, "odd name")) < 3 * len(data) + 2e7
+    outer.__dict__["_modules"] = {7: inner}
+    refuse(official_file(nets["ncsnpp"], modules={"model": outer}, sigma_data=0.5), tmp_path, "odd name")
+
+
+LIMITED = """
+import resource, sys
+from edm_nb.official import load_official
+from edm_nb.checkpoints import CheckpointError
+def used(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used() + {room}, -1))
+try: load_official(sys.argv[1])
+except CheckpointError as error: print("refused:", error)
+"""
+
+
+def limited(path, room=300 * 2**20):
+    "What the reader says where it may take 300 MiB and no more."
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    done = subprocess.run([sys.executable, "-c", LIMITED.format(room=room), path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+def test_views_of_one_storage_are_paid_for(nets, tmp_path):
+    "An 8 MB storage under 2,000 buffers is 16 GB in a file of 8 MB; the same bytes as 2,000 storages are, too."
+    content, path = storage_bytes(2_000_000), tmp_path/"views.pkl"
+    load, fake = allowed("torch.storage._load_from_bytes", content)
+    rebuild, other = allowed("torch._utils._rebuild_tensor_v2")
+    for again in (lambda: load, lambda: Calls(load.function, content)):
+        views = {f"b{i}": Calls(rebuild.function, again(), 0, (2_000_000,), (1,), False, collections.OrderedDict()) for i in range(2000)}
+        path.write_bytes(with_fakes(lambda: official_file(nets["ncsnpp"], buffers=views, sigma_data=0.5), fake, other))
+        assert path.stat().st_size < 9e6
+        assert "more bytes than such a file can hold" in limited(path)
 
 
 def test_state_on_what_takes_none(tmp_path):

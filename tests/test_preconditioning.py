@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import edm_nb.preconditioning as module
-from edm_nb.framework import LINEAR, TABLE_1, GaussianDenoiser, ode_derivative
+from edm_nb.adapters import check_sigma_data, network_dtype, value_step
+from edm_nb.framework import LINEAR, TABLE_1, GaussianDenoiser, ode_derivative, vp_schedule
 from edm_nb.ode_solvers import edm_sigmas, euler, sample_ode
 from edm_nb.preconditioning import (
     FLOW,
@@ -21,22 +22,17 @@ from edm_nb.preconditioning import (
     Parametrisation,
     Preconditioned,
     Suggestion,
-    check_sigma_data,
     edm_scalings,
     edm_weight,
     estimate_sigma_data,
     flow_scalings,
     iddpm_scalings,
     loss_weight,
-    network_dtype,
     start_divergence,
     suggest_settings,
     v_scalings,
-    value_step,
     ve_scalings,
     vp_scalings,
-    vp_sigma,
-    vp_time,
 )
 
 LEVELS = torch.logspace(-3, 3, 25, dtype=torch.float64)
@@ -200,10 +196,12 @@ def test_coefficients_do_not_share_memory(name):
     assert torch.equal(sigma, before)
 
 
-def test_vp_time_inverts_vp_sigma_also_where_numbers_are_small():
+def test_vp_is_told_its_own_time_also_where_numbers_are_small():
     t = torch.logspace(-8, 0, 60, dtype=torch.float64)
-    torch.testing.assert_close(vp_time(vp_sigma(t)), t, rtol=1e-9, atol=0)
-    assert vp_time(vp_sigma(0.5, 10.0, 0.3), 10.0, 0.3).item() == pytest.approx(0.5, rel=1e-12)
+    sigma = torch.expm1(0.5 * 19.9 * t**2 + 0.1 * t).sqrt()          # written out, not the module's
+    torch.testing.assert_close(vp_scalings(sigma)[3] / 999, t, rtol=1e-9, atol=0)
+    other = vp_schedule(10.0, 0.3).sigma(0.5)
+    assert vp_scalings(other, 10.0, 0.3, M=11)[3].item() == pytest.approx(5.0, rel=1e-12)
 
 
 def test_scaling_the_data_scales_the_coefficients():
@@ -366,7 +364,6 @@ def test_range_and_rounding():
     D = Preconditioned(Conv(), iddpm_scalings)
     assert (D.sigma_min, D.sigma_max) == pytest.approx((float(u[999]), float(u[0])))
     torch.testing.assert_close(D.round_sigma(u), u, rtol=1e-11, atol=0)
-    torch.testing.assert_close(module.level_table(200, 0.01, 0.02), module.iddpm_levels(200, 0.01, 0.02), rtol=1e-11, atol=0)
     between = (u[:-1] + u[1:]) / 2
     torch.testing.assert_close(D.round_sigma(between * (1 + 1e-9)), u[:-1], rtol=1e-11, atol=0)
     torch.testing.assert_close(D.round_sigma(between * (1 - 1e-9)), u[1:], rtol=1e-11, atol=0)
@@ -374,7 +371,8 @@ def test_range_and_rounding():
     edm = Preconditioned(Conv())
     assert (edm.sigma_min, edm.sigma_max) == (0.0, math.inf) and torch.equal(edm.round_sigma(LEVELS), LEVELS)
     vp = Preconditioned(Conv(), vp_scalings)
-    assert (vp.sigma_min, vp.sigma_max) == pytest.approx((0.010486, 152.1670), rel=1e-4)
+    # t ~ U(1e-5, 1) in training: sigma(1e-5)² = exp(19.9/2 1e-10 + 1e-6) - 1 = 1.0010e-6, not the 0.0105 of the sampler
+    assert (vp.sigma_min, vp.sigma_max) == pytest.approx((0.00100050, 152.1670), rel=1e-5)
     ve = Preconditioned(Conv(), ve_scalings, sigma_min=0.05)
     assert (ve.sigma_min, ve.sigma_max) == (0.05, 100.0)
     short = Preconditioned(Conv(), iddpm_scalings, M=100)
@@ -571,3 +569,165 @@ def test_v_prediction_is_edm_at_unit_scale():
     ours, edm = v_scalings(LEVELS), edm_scalings(LEVELS, 1.0)
     for a, b, sign in zip(ours[:3], edm[:3], (1, -1, 1)):
         torch.testing.assert_close(a, sign * b, rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- a network's own table of levels
+
+def float32_levels():
+    "iDDPM's recursion in float32, as published networks carry it: not the module's float64 levels."
+    u, M = [torch.tensor(0.0)], 1000
+    bar = [torch.sin(torch.tensor(math.pi / 2 * j / (M * 1.008))) ** 2 for j in range(M + 1)]
+    for j in range(M, 0, -1):
+        u.append(((u[-1] ** 2 + 1) / torch.clamp(bar[j - 1] / bar[j], min=0.001) - 1).sqrt())
+    return torch.stack(u[::-1])
+
+
+def test_a_networks_own_levels_are_used_and_survive_json():
+    u = float32_levels()
+    theirs = module.iddpm_levels()
+    assert (u.double() / theirs - 1)[:-1].abs().max() > 1e-4         # or the test could not tell the tables apart
+    net = Recorder()
+    D = Preconditioned(net, iddpm_scalings, levels=u)
+    assert torch.equal(D.round_sigma(theirs), u.double())           # each exact level lies next to one of the table
+    between = ((u[:-1] + u[1:]) / 2).double()
+    assert torch.equal(D.round_sigma(between * (1 + 1e-6)), u[:-1].double())
+    assert (D.sigma_min, D.sigma_max) == (u[-2].item(), u[0].item())
+    D(normal(3, 1, 2, 2), u[[0, 500, 999]].double())
+    assert net.calls[0][1].tolist() == [999.0, 499.0, 0.0]
+    again = Preconditioned.from_config(net, json.loads(json.dumps(D.config, allow_nan=False)))
+    assert torch.equal(again.levels, D.levels) and again.config == D.config
+    assert "levels=own" in repr(D) and len(repr(D)) < 300
+
+
+def test_levels_are_not_rounded_with_the_weights():
+    D = Preconditioned(Conv(), iddpm_scalings, M=50).to(torch.bfloat16)
+    assert D.levels.dtype == torch.float64 and torch.equal(D.levels, module.iddpm_levels(50))
+    assert D.half().levels.dtype == torch.float64 and "levels" not in D.state_dict()
+
+
+@pytest.mark.parametrize("levels", [[3.0, 1.0, 2.0, 0.0], [3.0, 2.0, 1.0], [math.inf, 1.0, 0.0], [1.0, 0.0], "abc", [[1.0, 0.0]],
+                                    [10**400, 1, 0], [3.0, math.nan, 0.0]])
+def test_tables_that_are_none(levels):
+    with pytest.raises(ValueError, match="levels"):
+        Parametrisation(iddpm_scalings, levels=levels)
+
+
+@pytest.mark.parametrize("constants", [dict(M=0), dict(M=1), dict(M=10**10), dict(M=2.5), dict(C_1=0.0), dict(C_2=-1.0), dict(C_1=5.0), dict(M=7, levels=[2., 1., 0.]),
+                                       dict(C_1=math.nan), dict(C_2="x"), dict(M=True)])
+def test_constants_that_give_no_levels(constants):
+    with pytest.raises(ValueError):
+        Parametrisation(iddpm_scalings, **constants)
+
+
+@pytest.mark.parametrize("row, settings", [
+    (edm_scalings, dict(sigma_data=10**400)), (edm_scalings, dict(sigma_data="half")), (edm_scalings, dict(sigma_data=[0.5, None])),
+    (edm_scalings, dict(sigma_min=10**400)), (edm_scalings, dict(sigma_min="0")), (edm_scalings, dict(sigma_max=math.nan)),
+    (vp_scalings, dict(beta_d=10**400)), (flow_scalings, dict(time_scale="1000")), (flow_scalings, dict(time_scale=math.nan)),
+    (vp_scalings, dict(M=math.inf))], ids=str)
+def test_settings_that_are_no_numbers(row, settings):
+    "Untrusted files carry such: each is a ValueError when the denoiser is made, not an error of another kind at its first call."
+    with pytest.raises(ValueError):
+        Parametrisation(row, **settings)
+
+
+# ---------------------------------------------------------------- any rank
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 7), (2, 3, 4, 4), (2, 3, 2, 4, 4)])
+def test_sigma_data_per_channel_at_any_rank(shape):
+    D, x, sigma = Preconditioned(Recorder(), sigma_data=[0.1, 1.0, 4.0]), normal(*shape), torch.tensor([0.2, 5.0])
+    out, weight = D(x, sigma), D.loss_weight(sigma, x.ndim)
+    column = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    assert out.shape == x.shape and weight.shape == (2, 3, *[1] * (x.ndim - 2))
+    assert torch.equal(D.loss_weight(column), weight)               # the rank is read off a column of levels
+    for c, sigma_data in enumerate((0.1, 1.0, 4.0)):
+        alone = Preconditioned(Recorder(), sigma_data=sigma_data)
+        torch.testing.assert_close(out[:, c:c + 1], alone(x[:, c:c + 1], sigma), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weight[:, c].reshape(2), alone.loss_weight(sigma), rtol=1e-6, atol=0)
+
+
+def test_channels_are_not_broadcast_in_silence():
+    for channels in (1, 2):
+        with pytest.raises(ValueError, match="3 values, one per channel"):
+            Preconditioned(Recorder(), sigma_data=[0.1, 1.0, 4.0])(normal(2, channels, 4, 4), 1.0)
+    with pytest.raises(ValueError, match=r"\[B, C, ...\]"):
+        Preconditioned(Recorder())(normal(5), 1.0)
+
+
+# ---------------------------------------------------------------- export
+
+@pytest.mark.parametrize("name", ["edm", "vp", "iddpm"])
+def test_exports_with_a_dynamic_batch(name):
+    D, batch = Preconditioned(Conv(), SCALINGS[name]).eval(), torch.export.Dim("batch", min=1, max=64)
+    x, sigma = normal(4, 3, 8, 8, dtype=torch.float32), torch.rand(4, dtype=torch.float64) + 0.1
+    program = torch.export.export(D, (x, sigma), dynamic_shapes=dict(x={0: batch}, sigma={0: batch}))
+    for n in (1, 2, 7):
+        y, s = normal(n, 3, 8, 8, seed=n, dtype=torch.float32), torch.rand(n, dtype=torch.float64) + 0.2
+        torch.testing.assert_close(program.module()(y, s), D(y, s), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- memory, and data of known scale
+
+PEAK = """
+import resource, torch
+from edm_nb.preconditioning import estimate_sigma_data, suggest_settings
+def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+images = torch.randint(256, (160, 3, 256, 256), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+open("/proc/self/clear_refs", "w").write("5")
+estimate_sigma_data(images[:2]); torch.linalg.eigvalsh(torch.eye(20, dtype=torch.float64))   # first use of what is loaded lazily
+before = peak()
+found = {call}
+print(peak() - before, images.numel())
+"""
+
+
+@pytest.mark.parametrize("call", ["estimate_sigma_data(images)", "suggest_settings(images)"])
+def test_the_scale_of_large_images_is_measured_in_pieces(call):
+    "Thirty times the batch were held in float64; at most four times what it holds is allowed."
+    import subprocess
+    import sys
+    from pathlib import Path
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from /proc")
+    text = subprocess.run([sys.executable, "-c", PEAK.replace("{call}", call)], capture_output=True, text=True, check=True,
+                          cwd=Path(module.__file__).parent.parent).stdout
+    grown, held = map(int, text.split())
+    assert grown < 3 * held, f"{grown / held:.1f} times the batch"
+
+
+def known_data(name, unit, seed):
+    "Data whose scale is known before anything is measured: from their definition, not from a sample."
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)
+    if name == "cube":                                # uniform in [-1, 1]^12: variance 1/3, all directions alike
+        return unit * (2 * rand(4000, 3, 2, 2) - 1), unit / 3**0.5, torch.full((12,), 1 / 3) * unit**2, 0.0
+    if name == "dice":                                # faces -5, -3, ..., 5 with a step of 2: variance 35/3
+        return unit * (2 * torch.randint(6, (4000, 1, 3, 3), generator=generator).double() - 5), unit * (35 / 3)**0.5, torch.full((9,), 35 / 3) * unit**2, 0.0
+    waves = torch.sin(2 * math.pi * (torch.arange(64) / 64 * 3 + rand(4000, 1)))[:, None]     # one frequency, phase at random: two directions
+    return unit * (waves + 0.5), unit * 0.5**0.5, torch.tensor([16., 16.], dtype=torch.float64) * unit**2, 64 * (0.5 * unit)**2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("unit", [1.0, 250.0, 0.004])
+@pytest.mark.parametrize("name", ["cube", "dice", "wave"])
+def test_suggestions_for_data_of_known_scale(name, unit, seed):
+    "The scale comes from the definition of the data; sigma_max from a Gaussian divergence solved here, by another method."
+    data, sigma_data, variances, mean_square = known_data(name, unit, seed)
+    found = suggest_settings(data)
+    assert found.sigma_data == pytest.approx(sigma_data, rel=0.03)
+    assert found.P_mean == pytest.approx(math.log(sigma_data) + math.log(0.30119421 / 0.5), abs=0.03)     # e^-1.2 at 0.5
+    expected_min = unit * 2 / math.sqrt(12) if name == "dice" else None
+    if name == "dice":                                # rounding to steps of 2 would be 0.58, a sixth of sigma_data: bounded
+        assert expected_min > 0.05 * sigma_data and found.sigma_min == pytest.approx(0.05 * sigma_data, rel=0.03)
+    else:
+        assert found.sigma_min == pytest.approx(0.004 * sigma_data, rel=0.03)
+    kl = lambda s: mean_square / (2 * s**2) + 0.5 * float((variances / s**2 - torch.log1p(variances / s**2)).sum())
+    variances = variances.double()
+    grid = unit * torch.logspace(0, 2.5, 500, dtype=torch.float64)
+    expected = float(grid[torch.tensor([abs(math.log(kl(float(s)) / 0.002)) for s in grid]).argmin()])
+    assert found.sigma_max == pytest.approx(expected, rel=0.08)
+
+
+@pytest.mark.parametrize("nats", [-1.0, 0.0, math.nan, math.inf])
+def test_a_price_that_is_none(nats):
+    with pytest.raises(ValueError, match="nats"):
+        suggest_settings(normal(50, 3), nats=nats)

@@ -1,28 +1,35 @@
 """Networks trained many ways on the digits: what preconditioning, sigma_data and c_noise do (chapter 03, C23 and C24).
 
-    python benchmarks/precond_study.py                       # all runs, about 15 minutes on one core
-    python benchmarks/precond_study.py --steps 200 --seeds 1 --out /tmp/study.json     # a quick look
+    python studies/precond_study.py                       # all runs of five seeds, about 25 minutes on one core
+    python studies/precond_study.py --steps 200 --seeds 1 --out /tmp/study.json     # a quick look
+
+Runs that the result file already holds, made with the same sizes, are kept; so a study that was stopped goes on, and one
+with more seeds trains the new ones only.
 
 The data are the 1,797 digits, each blurred by N(0, 0.1²): a density with an exact denoiser D*, so that the error of a
 trained network is known without guessing. Every run has the same small MLP, the same Adam, the same number of images and
 the same training noise, ln sigma uniform in 0.01..100, with lambda = 1/c_out². Only the thing named by the run differs.
 """
 import argparse
+import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import torch
-from record import RESULTS, hardware_line, now, versions, write_json
-from torch import nn
-from torch.nn.functional import silu
 
-from edm_nb.data import digits, to_float
-from edm_nb.oracles import IdealDenoiser
-from edm_nb.frechet import FeatureStats
-from edm_nb.features import stats_distance
-from edm_nb.ode_solvers import edm_sigmas, sample_ode
-from edm_nb.preconditioning import (
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"benchmarks"))
+from record import RESULTS, hardware_line, now, versions, write_json  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.functional import silu  # noqa: E402
+
+from edm_nb.data import digits, to_float  # noqa: E402
+from edm_nb.oracles import IdealDenoiser  # noqa: E402
+from edm_nb.frechet import FeatureStats  # noqa: E402
+from edm_nb.features import stats_distance  # noqa: E402
+from edm_nb.ode_solvers import edm_sigmas, sample_ode  # noqa: E402
+from edm_nb.preconditioning import (  # noqa: E402
     Preconditioned,
     edm_scalings,
     estimate_sigma_data,
@@ -137,32 +144,53 @@ def evaluate(denoise, data, n, n_samples):
                 "samples": (samples[:16] * 127.5 + 128).clamp(0, 255).to(torch.uint8).tolist()}
 
 
+def floor(data, n_samples, seeds):
+    "The same distance where the samples are fresh draws of the data: what n alone costs."
+    found = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(500 + seed)
+        target = FeatureStats(64).update(data.draw(50_000, generator).double())
+        found.append(stats_distance(FeatureStats(64).update(data.draw(n_samples, generator).double().clamp(-3, 3)), target))
+    return found
+
+
+def begun(out, sizes):
+    "The runs of an earlier result of the same sizes, by name."
+    if not out.is_file():
+        return {}
+    old = json.loads(out.read_text())
+    return old["runs"] if all(old[key] == value for key, value in sizes.items()) else {}
+
+
 def main():
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n", type=int, default=512, help="draws per noise level in the evaluation")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=RESULTS / "precond_study.json")
     args = parser.parse_args()
-    data = BlurredDigits()
+    data, seeds = BlurredDigits(), list(range(args.seeds))
     drawn = data.draw(200_000, torch.Generator().manual_seed(0))
     sigma_data = estimate_sigma_data(drawn.split(10_000)).std
-    result = {"date": now(), "hardware": hardware_line(), "versions": versions(), "seeds": list(range(args.seeds)),
-                  "steps": args.steps, "batch": args.batch, "n": args.n, "n_samples": args.samples, "blur": BLUR, "sigma_data": sigma_data,
-                  "parameters": sum(p.numel() for p in MLP().parameters()), "runs": {}}
-    for name, settings in runs(sigma_data).items():
-        entries = []
-        for seed in range(args.seeds):
+    sizes = {"steps": args.steps, "batch": args.batch, "n": args.n, "n_samples": args.samples, "blur": BLUR}
+    done = begun(args.out, sizes)
+    result = {"date": now(), "hardware": hardware_line(), "versions": versions(), "seeds": seeds, **sizes,
+              "sigma_data": sigma_data, "parameters": sum(p.numel() for p in MLP().parameters()),
+              "floor": floor(data, args.samples, seeds), "runs": dict(done)}
+    for seed in seeds:
+        for name, settings in runs(sigma_data).items():
+            entries = result["runs"].setdefault(name, [])
+            if any(entry["seed"] == seed for entry in entries):
+                continue
             started = time.perf_counter()
             denoise, losses = train(settings, data, seed, args.steps, args.batch)
             entries.append(dict(seed=seed, losses=losses, **evaluate(denoise, data, args.n, args.samples)))
             print(f"{name:20s} seed {seed}  frechet {entries[-1]['frechet']:8.3f}  loss {losses[-1]:.4f}"
                   f"  {time.perf_counter() - started:.0f} s", flush=True)
-        result["runs"][name] = entries
-        write_json(args.out, result, indent=None)
+            write_json(args.out, result, indent=None)
 
 
 if __name__ == "__main__":
