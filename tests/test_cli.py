@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from patience import PATIENCE, wait_for
 from typer.testing import CliRunner
 
-from edm_nb import checkpoints, cli
+from edm_nb import checkpoints, cli, commands, generation
 from edm_nb.data import digits, load_images, write_zip
 from edm_nb.features import feature_stats, pixels
 from edm_nb.frechet import frechet_distance
@@ -102,7 +103,38 @@ def test_classes_change_the_image(model, tmp_path):
     (["train", "toy", "--out", "run", "--data", "nowhere.zip"], "nowhere.zip"),
     (["train", "toy", "--out", "run", "--precision", "fp8"], "bf16"),
     (["sample", "MODEL", "--out", "x.jpg"], ".png, .npz, .zip"),
-    (["sample", "MODEL", "--out", "x.png", "--seeds", "0-1000000000000"], "more than 10,000,000"),
+    (["sample", "MODEL", "--out", "x.png", "--seeds", "0-1000000000"], "more than 10,000,000"),
+    (["sample", "MODEL", "--out", "x.png", "--seeds", "0-99,4294967296"], "below 4,294,967,296"),
+    (["sample", "MODEL", "--out", "x.png", "--seeds", "9" * 5000], "expected numbers and ranges"),
+    (["sample", "MODEL", "--out", "x.png", "--table-row", "ddpm"], "edm, vp, ve, iddpm"),
+    (["sample", "MODEL", "--out", "x.png", "--table-row", "vp", "--sigma-max", "10"], "follow from its constants"),
+    (["sample", "MODEL", "--out", "x.png", "--sigmas", "nowhere.txt"], "no file of noise levels at nowhere.txt"),
+    (["sample", "MODEL", "--out", "x.png", "--guide", "MODEL"], "--guide does nothing without --guidance"),
+    (["sample", "MODEL", "--out", "x.png", "--guide", "nowhere", "--guidance", "1"], "no guide at nowhere"),
+    (["sample", "MODEL", "--out", "x.png", "--guidance", "nan"], "not a number"),
+    (["sample", "MODEL", "--out", "x.png", "--guidance", "inf"], "guidance is inf"),
+    (["sample", "MODEL", "--out", "x.png", "--guidance", "1e308"], "guidance is 1e+308"),
+    (["sample", "MODEL", "--out", "x.png", "--sigma-min", "1e-320"], "sigma_min is"),
+    (["sample", "MODEL", "--out", "x.png", "--sigma-max", "1e308"], "sigma_max is"),
+    (["sample", "MODEL", "--out", "x.png", "--S-tmin", "inf"], "S_tmin is inf"),
+    (["sample", "MODEL", "--out", "x.png", "--S-noise", "1e300"], "S_noise is"),
+    (["fid", "digits", "--ref", "digits", "--out", "x.json", "--classes", "99"], "--classes: for a model only, and digits is none"),
+    (["fid", "digits", "--ref", "digits", "--out", "x.json", "--steps", "3", "--guidance", "2", "--n", "9"], "--steps, --guidance, --n: for a model only"),
+    (["fid", "MODEL", "--ref", "nowhere", "--out", "x.json"], "no reference at nowhere"),
+    (["fid", "MODEL", "--ref", "digits", "--out", "x.json", "--weights", "nope"], "no weights at nope"),
+    (["fid", "MODEL", "--ref", "digits", "--out", "x.json", "--weights", "/etc/passwd"], "--weights belong to --features inception"),
+    (["fid", "MODEL", "--ref", "digits", "--out", "x.json", "--features", "vgg"], "pixels, cifar-features, inception"),
+    (["fid", "MODEL", "--ref", "digits", "--out", "x.json", "--n", "50", "--seed", "4294967290"], "seeds beyond 2^32"),
+    (["fid", "MODEL", "--ref", "digits", "--out", "x.json", "--neighbours", "x.jpg"], ".png"),
+    (["convert", "EMPTY", "--out", "model.pt"], "expected a name that ends in .safetensors"),
+    (["train", "toy"], "--out: name a folder"),
+    (["train", "toy", "--out", "run", "--images", "64", "--keep-durations"], "Shorten all durations together"),
+    (["train", "nowhere.json", "--out", "run"], "no configuration at nowhere.json"),
+    (["train", "toy", "--out", "run", "--set", 'network.arch=["tiny"]'], "network"),
+    (["train", "toy", "--out", "run", "--set", "network.arch={}"], "network"),
+    (["train", "toy", "--out", "run", "--sigma-data", "1e300"], "expected 1e-06 to 1e+06"),
+    (["train", "toy", "--out", "run", "--sigma-data", "1e-300"], "expected 1e-06 to 1e+06"),
+    (["sample", "EMPTY", "--out", "x.png"], "EMPTY"),
     (["sample", "MODEL", "--out", "x.png", "--classes", ""], "--classes ''"),
     (["sample", "MODEL", "--out", "x.png", "--sigma-min", "-1"], "sigma_min is -1"),
     (["sample", "MODEL", "--out", "x.png", "--at", "7"], "no model at 7 images; kept were: none"),
@@ -124,11 +156,161 @@ def test_classes_change_the_image(model, tmp_path):
 ])
 def test_mistakes_are_one_line_and_exit_code_2(model, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    done = edm_nb(*[str(model) if a == "MODEL" else a for a in arguments])
+    empty = tmp_path.parent / "EMPTY"
+    empty.touch()
+    done = edm_nb(*[str({"MODEL": model, "EMPTY": empty}.get(a, a)) for a in arguments])
     assert done.exit_code == 2, done.output
     message = [line for line in done.output.splitlines() if line.startswith("edm-nb: ")]
     assert len(message) == 1 and words in message[0]
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+# click's own words come before the command's: a usage line, then the error
+@pytest.mark.parametrize("arguments", [
+    ["sample", "x", "--steps", "0"], ["sample", "x", "--steps", "1000000000"], ["sample", "x", "--batch", "0"], ["sample", "x", "--rho", "1e-300"],
+    ["sample", "x", "--rho", "1e300"], ["fid", "x", "--ref", "digits", "--n", "5000000000"], ["fid", "x", "--ref", "digits", "--repeats", "1000000000"],
+    ["fid", "x", "--ref", "digits", "--seed", "-1"], ["train", "toy", "--lr", "1e300"], ["train", "toy", "--lr", "1e-320"], ["train", "toy", "--batch", "0"],
+    ["sample"], ["nonsense"], ["sample", "x", "--no-such-option"]], ids=str)
+def test_numbers_out_of_range_are_refused_while_arguments_are_read(arguments):
+    done = edm_nb(*arguments)
+    assert done.exit_code == 2 and "Error" in done.output and "Traceback" not in done.output
+
+
+ANSWERS = [["--version"], ["--help"], ["sample", "--help"], ["train"], ["sample"], ["sample", "x", "--steps", "0"], ["sample", "nowhere", "--out", "x.png"],
+           ["sample", ".", "--out", "x.jpg"], ["sample", ".", "--out", "x.png", "--seeds", "5-1"], ["sample", ".", "--out", "x.png", "--solver", "magic"],
+           ["fid", "digits", "--ref", "digits", "--steps", "3"], ["stats", "nowhere", "--out", "x.npz"], ["convert", "nowhere.pkl", "--out", "m"], ["train", "toy"]]
+
+
+def test_answers_about_arguments_need_no_torch():
+    "In one process: none of these may import what takes seconds."
+    code = ("import sys, json\nfrom edm_nb import cli\nends = []\n"
+            f"for arguments in {ANSWERS!r}:\n"
+            "    sys.argv = ['edm-nb', *arguments]\n"
+            "    try: cli.main()\n"
+            "    except SystemExit as end: ends.append(end.code or 0)\n"
+            "heavy = {'torch', 'numpy', 'PIL', 'matplotlib', 'sklearn', 'tqdm'} & {name.split('.')[0] for name in sys.modules}\n"
+            "print(json.dumps([ends, sorted(heavy)]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ends, heavy = json.loads(done.stdout.splitlines()[-1])
+    assert heavy == [] and ends == [0, 0, 0] + [2] * (len(ANSWERS) - 3), done.stderr[-2000:]
+
+
+def test_the_package_can_be_started():
+    done = subprocess.run([sys.executable, "-m", "edm_nb", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("edm-nb ")
+
+
+def test_the_names_in_the_command_line_are_those_of_the_library():
+    assert cli.SOLVERS == tuple(generation.SOLVERS) and cli.ROWS == tuple(generation.ROWS) and cli.SETS == tuple(commands.NAMED_SETS)
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes."), 2, "not enough memory (3.73e+03 GiB"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), 2, "not enough memory (20.00 GiB asked for)"),
+    (MemoryError(), 2, "--batch"), (EOFError(), 2, "it is empty"), (RecursionError("maximum"), 2, "nested too deep"),
+    (__import__("safetensors").SafetensorError("Error while serializing: No space left on device (os error 28)"), 2, "the disk is full"),
+    (__import__("zipfile").BadZipFile("Bad CRC-32 for file 'mu.npy'"), 2, "damaged"), (OverflowError("int too large"), 2, "int too large"),
+    (OSError(28, "No space left on device"), 2, "Make room"), (ValueError("a\nb \x1b[31mred"), 2, "a b ?[31mred"),
+    (KeyError("extra"), 1, "a fault of edm-nb itself, please report it: KeyError: 'extra'"), (KeyboardInterrupt(), 130, "interrupted")], ids=lambda e: type(e).__name__)
+def test_every_error_is_one_line(error, code, words, capsys):
+    "Whatever a library raises: no traceback, no 'Aborted!', and an exit code that says whose fault it was."
+    @cli.friendly
+    def command(): raise error
+    with pytest.raises(typer.Exit) as ended: command()
+    said = capsys.readouterr().err
+    assert ended.value.exit_code == code and said.startswith("edm-nb: ") and said.count("\n") == 1 and words in said
+
+
+def test_overwriting_a_folder_replaces_it_whole(model, tmp_path):
+    "Pictures of an older model that stay would be measured with the new ones."
+    draw = ["sample", model, "--steps", 2, "--device", "cpu", "--out", tmp_path / "f"]
+    assert edm_nb(*draw, "--seeds", "0-9").exit_code == 0
+    assert edm_nb(*draw, "--seeds", "2-4", "--overwrite").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["000002.png", "000003.png", "000004.png"]
+    (tmp_path / "f/thesis.txt").write_text("years of work")
+    refused = edm_nb(*draw, "--seeds", 0, "--overwrite")
+    assert refused.exit_code == 2 and "thesis.txt" in refused.output
+    (tmp_path / "f/thesis.txt").unlink()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "f").iterdir()}
+    assert edm_nb(*draw, "--seeds", 0, "--classes", 77, "--overwrite").exit_code == 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "f").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_guide_without_labels_guides(model, tmp_path):
+    net = tiny(resolution=8, channels=1, model_channels=8, channel_mult=[1, 2], num_blocks=1)
+    checkpoints.save(tmp_path / "plain.safetensors", Preconditioned(net).eval())
+    for command in (["sample", model, "--seeds", "0-3", "--out", tmp_path / "g.npz"],
+                    ["fid", model, "--ref", "digits", "--n", 70, "--repeats", 1, "--out", tmp_path / "g.json"]):
+        done = edm_nb(*command, "--steps", 3, "--guide", tmp_path / "plain.safetensors", "--guidance", 1, "--device", "cpu")
+        assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "g.json").read_text())["protocol"]["nfe"] == 10
+
+
+def test_levels_from_a_file_rows_of_the_table_and_published_seeds(model, tmp_path):
+    draw = ["sample", model, "--seeds", "0-3", "--device", "cpu", "--json", "--out"]
+    (tmp_path / "levels.txt").write_text("# no number")
+    assert "'#' is no number" in edm_nb(*draw, tmp_path / "a.npz", "--sigmas", tmp_path / "levels.txt").output
+    levels = generation.step_levels(generation.Sampling(5))
+    (tmp_path / "levels.txt").write_text("\n".join(map(repr, levels[:-1].tolist())))
+    by_file, plain = (edm_nb(*draw, tmp_path / f"{name}.npz", *more) for name, more in
+                      (("a", ["--sigmas", tmp_path / "levels.txt"]), ("b", ["--steps", 5])))
+    assert by_file.exit_code == plain.exit_code == 0, by_file.output
+    assert images_of(tmp_path / "a.npz")[2].tolist() == images_of(tmp_path / "b.npz")[2].tolist()
+    assert json.loads(by_file.stdout)["evaluations_per_image"] == 9
+    row = edm_nb(*draw, tmp_path / "c.npz", "--table-row", "vp", "--steps", 7)
+    assert json.loads(row.stdout)["evaluations_per_image"] == 7
+    assert edm_nb(*draw, tmp_path / "d.npz", "--official-seeds", "--steps", 5).exit_code == 0
+    assert np.abs(images_of(tmp_path / "d.npz")[2] - images_of(tmp_path / "b.npz")[2]).max() > 3
+
+
+def test_a_quick_look_takes_a_new_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("model0.png", "model0-1.png"):
+        done = edm_nb("sample", model, "--seeds", "0-3", "--steps", 2, "--device", "cpu")
+        assert done.exit_code == 0 and f"wrote {expected}" in done.output, done.output
+
+
+def test_more_numbers_beside_the_distance(model, tmp_path):
+    done = edm_nb("fid", model, "--ref", "digits", "--count", 80, "--repeats", 1, "--steps", 2, "--kid", "--precision", "--neighbours", tmp_path / "near.png",
+                  "--out", tmp_path / "d.json", "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert json.loads(done.stdout)["mean"] == found["mean"]
+    from edm_nb.features import extract
+    from edm_nb.metrics import kid
+    images = torch.cat([x for _, x, _ in generation.generate(generation.load_model(model), range(80), generation.Sampling(2))])
+    expected = kid(extract(images, pixels()), extract(digits().images, pixels()))
+    assert found["kid"]["value"] == pytest.approx(expected.value, rel=1e-3) and found["kid"]["n"] == 80
+    assert 0 <= found["precision"]["recall"] <= 1 and (tmp_path / "near.png").read_bytes()[:4] == b"\x89PNG"
+    assert "KID" in done.stderr and "recall" in done.stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = edm_nb("train", "toy", "--dry-run", "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["updates"] == 32 and facts["parameters"] > 10_000 and facts["images_per_second"] > 0 and list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_error_stream_and_an_old_encoding_are_no_reason_to_fail(model, tmp_path):
+    draw = [sys.executable, "-m", "edm_nb", "sample", str(model), "--seeds", "0-1", "--steps", "1", "--device", "cpu", "--out"]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *draw, str(tmp_path / "a.npz")], cwd=ROOT, capture_output=True)
+    assert closed.returncode == 0 and (tmp_path / "a.npz").exists()
+    code = "from edm_nb import cli\nimport sys\ncli.app = lambda **_: (print('Fr\u00e9chet'), print('\u03c3', file=sys.stderr))\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp932"})
+    assert done.returncode == 0 and b"Fr?chet" in done.stdout
+
+
+def test_fid_and_demo_run_under_torchrun(model, tmp_path):
+    "Started by torchrun itself, whose parser has opinions about --n."
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "edm_nb"]
+    for command in (["fid", str(model), "--ref", "digits", "--count", "70", "--repeats", "1", "--steps", "2", "--timeout", "100", "--out", str(tmp_path / "d.json")],
+                    ["demo", "--images", "128", "--out", str(tmp_path / "demo")]):
+        done = subprocess.run([*start, *command, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "d.json").read_text())["values"]) == 1 and (tmp_path / "demo/demo.json").exists()
 
 
 def test_train_resumes_and_never_takes_a_strange_folder(tmp_path):
@@ -198,9 +380,9 @@ def test_a_finished_run_is_reported_and_left_alone(tmp_path):
 
 
 def test_demo_goes_on_where_its_training_is_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "PRESETS", dict(cli.PRESETS, digits=cli.PRESETS["toy"]))
+    monkeypatch.setattr(commands, "PRESETS", dict(commands.PRESETS, digits=commands.PRESETS["toy"]))
     small = digits().take(slice(0, 100))
-    monkeypatch.setattr(cli, "load_data", lambda config: small)
+    monkeypatch.setattr(commands, "load_data", lambda config: small)
     results = []
     for _ in range(2):
         done = edm_nb("demo", "--out", tmp_path / "demo", "--images", 128)
@@ -257,8 +439,11 @@ def test_unlabelled_data_names_the_option(tmp_path):
 def test_presets_version_and_suggestions_are_printed():
     listed = edm_nb("presets")
     assert listed.exit_code == 0
-    for name, line in zip(cli.PRESETS, listed.output.splitlines(), strict=True):
-        assert line.split()[0] == name and f"{cli.PRESETS[name].images:,} images" in line
+    head, *lines = listed.output.splitlines()
+    assert head.split()[0] == "preset" and max(map(len, lines)) <= 100
+    for name, line in zip(commands.PRESETS, lines, strict=True):
+        assert line.split()[0] == name and f"{commands.PRESETS[name].images:,}" in line
+    assert [row["name"] for row in json.loads(edm_nb("presets", "--json").output)] == list(commands.PRESETS)
     from edm_nb import __version__
     assert edm_nb("--version").output.strip() == f"edm-nb {__version__}"
     suggested = json.loads(edm_nb("suggest", "digits").output)
@@ -283,8 +468,8 @@ def test_kept_models_are_sampled_and_measured_by_name(tmp_path):
 
 
 def test_features_follow_the_shape():
-    assert cli.feature_network(None, (3, 32, 32)).name == "cifar-features"
-    assert cli.feature_network(None, (3, 16, 16)).name == "pixels-3x16x16"
+    assert commands.feature_network(None, (3, 32, 32)).name == "cifar-features"
+    assert commands.feature_network(None, (3, 16, 16)).name == "pixels-3x16x16"
 
 
 def test_latents_stay_numbers(tmp_path):
@@ -358,6 +543,6 @@ def test_rectangles_by_command(tmp_path):
 
 def test_distances_of_float_pictures_are_measured_with_a_warning():
     for channels in (1, 3):
-        with pytest.warns(UserWarning, match="become bytes"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
-    with pytest.raises(cli.UsageError, match="float data of 4 channels"): cli.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
-    cli.check_bytes({}, "run")
+        with pytest.warns(UserWarning, match="become bytes"): commands.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
+    with pytest.raises(ValueError, match="float data of 4 channels"): commands.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
+    commands.check_bytes({}, "run")
