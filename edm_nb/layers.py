@@ -6,7 +6,7 @@
 __all__ = ['BOX', 'BINOMIAL', 'xavier', 'kaiming', 'Init', 'Layer', 'Linear', 'filter_kernel', 'halve', 'double', 'Resample',
            'Conv', 'PyramidConv', 'GroupNorm', 'Positional', 'Fourier']
 
-# %% ../nbs/31_layers.ipynb #1a97d8cb
+# %% ../nbs/31_layers.ipynb #2fabedbb
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -173,7 +173,7 @@ class GroupNorm(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        if x.is_meta or not torch.is_autocast_enabled(kind):
             return F.group_norm(x, self.groups, weight, bias, self.eps)
         with torch.autocast(kind, enabled=False):    # or autocast stores float32
             return F.group_norm(x, self.groups, weight, bias, self.eps)

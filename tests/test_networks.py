@@ -412,6 +412,7 @@ def test_norms_run_outside_autocast():
     finally:
         F.group_norm = plain
     assert seen == [(False, torch.bfloat16, torch.bfloat16), (False, torch.float32, torch.float32)]
+    with torch.device("meta"): assert GroupNorm(8)(torch.zeros(1, 8, 4, 4)).shape == (1, 8, 4, 4)      # a device without autocast
 
 
 @pytest.mark.parametrize("endpoint", [True, False])
