@@ -20,8 +20,7 @@ import torchvision
 import torchvision.io  # noqa: F401
 from record import RESULTS, clock, cores, cpu_name, load, now, timed, versions, write_json
 
-from edm_nb import __version__, data
-from edm_nb import randomness
+from edm_nb import __version__, archives, data, randomness
 
 
 def pil_loop(path):
@@ -41,7 +40,7 @@ def first_load(path, workers):
 def resized(path, folder, kind, side, count):
     "A zip of the first images at another size and in another format."
     from PIL import Image
-    source, target = data.open_zip(path), Path(folder)/f"{kind}{side}.zip"
+    source, target = archives.open_zip(path), Path(folder)/f"{kind}{side}.zip"
     with zipfile.ZipFile(target, "w") as archive:
         for i, name in enumerate(source.names[:count]):
             image, buffer = Image.open(io.BytesIO(source.read(name))).resize((side, side), Image.Resampling.BICUBIC), io.BytesIO()
@@ -57,12 +56,12 @@ def threads_by_size(path, repeats):
     with tempfile.TemporaryDirectory() as folder:
         for side, count in ((32, 6000), (64, 3000), (128, 1000), (256, 400)):
             for kind in ("jpeg", "png"):
-                source = data.open_zip(resized(path, folder, kind, side, count))
-                times = timed({workers: lambda w=workers: data.decode_all(source, workers=w) for workers in (1, cores())}, repeats, warmup=1)
+                source = archives.open_zip(resized(path, folder, kind, side, count))
+                times = timed({workers: lambda w=workers: archives.decode_all(source, workers=w) for workers in (1, cores())}, repeats, warmup=1)
                 microseconds = {workers: 1e6 * t.summary()["min"] / count for workers, t in times.items()}
                 size = sum(len(source.read(name)) for name in source.names) / count
                 rows.append(dict(kind=kind, side=side, n_images=count, repeats=repeats, bytes_per_image=round(size), one=round(microseconds[1], 1),
-                                 all=round(microseconds[cores()], 1), default_threads=data.decode_workers(len(source.read(source.names[0])))))
+                                 all=round(microseconds[cores()], 1), default_threads=archives.decode_workers(len(source.read(source.names[0])), 3*side*side)))
                 print(f"{kind:5s}{side:4d}: {size:8.0f} bytes, 1 thread {rows[-1]['one']:7.1f} µs, {cores()} threads {rows[-1]['all']:7.1f} µs", flush=True)
                 source.close()
     return dict(what="µs per image, decoding with one thread and with all, best of `repeats`", cores=cores(), load_before=before, date=now(), rows=rows)

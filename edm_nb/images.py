@@ -16,14 +16,16 @@ import torch
 # %% ../nbs/18_images.ipynb #acd51667
 MAX_SIDE = 8192     # pixels: a header that claims more is damaged or hostile
 MAX_SCANS = 32      # of a JPEG: encoders write one, or about ten
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")   # of PIL's, which start no program
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")    # start no program
 
 ALPHA = ("has transparency, expected 8-bit grey or RGB; choose a background, with PIL: "
          "Image.alpha_composite(Image.new('RGBA', image.size, 'white'), "
          "image.convert('RGBA')).convert('RGB').save(...)")
-DEEP = ("has more than 8 bits a channel, expected 8; read it with a library that keeps all bits "
-        "and divide by 257 (16-bit numbers // 257 are bytes), or store floats from -1 to 1 in an npz")
-FRAMES = "holds several pictures (frames or pages), expected one; save the one that you want"
+DEEP = ("has more than 8 bits a channel, expected 8; read it with a library that keeps "
+        "all bits and divide by 257 (16-bit numbers // 257 are bytes), or store floats "
+        "from -1 to 1 in an npz")
+FRAMES = ("holds several pictures (frames or pages), expected one; save the one that "
+          "you want")
 
 # %% ../nbs/18_images.ipynb #2091f930
 class Unfit(ValueError):
@@ -38,14 +40,14 @@ class Header:
     turn: int = 1       # EXIF orientation: 1 stands upright, 5 to 8 lie on their side
 
     @property
-    def shape(self) -> tuple:    # (channels, height, width) of the picture as one looks at it
+    def shape(self) -> tuple:    # (channels, height, width) as one looks at it
         "The shape after the picture was turned upright."
-        sides = (self.width, self.height) if self.turn > 4 else (self.height, self.width)
-        return self.channels, *sides
+        sides = self.height, self.width
+        return self.channels, *(sides[::-1] if self.turn > 4 else sides)
 
 # %% ../nbs/18_images.ipynb #0020b93b
 def exif_turn(block:bytes,   # the TIFF structure of an EXIF block
-             ) -> int:       # orientation 1 to 8; 1 where the block is damaged or silent
+             ) -> int:       # orientation 1 to 8; 1 where the block says nothing
     "Which way a camera was held."
     order = {b"II": "little", b"MM": "big"}.get(block[:2])
     if order is None: return 1
@@ -62,7 +64,8 @@ def upright(pixels:np.ndarray,   # `[C, H, W]` as stored
     "Undo how a camera was held."
     if turn in (2, 3): pixels = pixels[:, :, ::-1]            # mirrored left to right
     if turn in (3, 4): pixels = pixels[:, ::-1]               # mirrored top to bottom
-    if turn > 4: pixels = pixels.swapaxes(1, 2)               # columns were stored as rows
+    if turn > 4:
+        pixels = pixels.swapaxes(1, 2)               # columns were stored as rows
     if turn in (6, 7): pixels = pixels[:, :, ::-1]
     if turn in (7, 8): pixels = pixels[:, ::-1]
     return pixels
@@ -74,9 +77,12 @@ def jpeg_header(data:bytes,     # a JPEG file
     at, turn = 2, 1
     while (at := data.find(b"\xff", at)) >= 0 and at + 10 <= len(data):
         marker, length = data[at+1], int.from_bytes(data[at+2:at+4], "big")
-        if marker in (0x00, 0xFF): at += 1                             # no marker, or a fill byte
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8: at += 2         # markers without a length
-        elif marker in (0xD9, 0xDA): break                             # the pixels begin, or the end
+        if marker in (0x00, 0xFF):
+            at += 1                             # no marker, or a fill byte
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            at += 2         # markers without a length
+        elif marker in (0xD9, 0xDA):
+            break                             # the pixels begin, or the end
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return frame_header(data, at + 4, turn)
         else:
@@ -95,7 +101,7 @@ def frame_header(data:bytes,  # a JPEG file
     if channels == 4:
         raise Unfit("is CMYK, expected grey or RGB; convert it, with PIL: "
                     "image.convert('RGB').save(...)")
-    scans = data.count(b"\xff\xda", at)       # in coded pixels 0xff is never followed by 0xda
+    scans = data.count(b"\xff\xda", at)     # coded pixels have no 0xff before 0xda
     if scans > MAX_SCANS:
         raise Unfit(f"has {scans:,} scans, expected at most {MAX_SCANS}; save it again")
     return Header(channels, height, width, turn)
@@ -117,7 +123,7 @@ def png_header(data:bytes,     # a PNG file
     if bits == 16: raise Unfit(DEEP)
     if colour in (4, 6): raise Unfit(ALPHA)
     if colour not in (0, 2, 3): raise ValueError(f"unknown colour type {colour}")
-    return Header(1 if colour == 0 else 3, height, width, turn)        # 3: a palette, which is RGB
+    return Header(1 if colour == 0 else 3, height, width, turn)    # a palette is RGB
 
 # %% ../nbs/18_images.ipynb #de6ad2f8
 def pil_header(data:bytes,    # an encoded image
@@ -125,33 +131,37 @@ def pil_header(data:bytes,    # an encoded image
     "What PIL finds in the header; no pixel is decoded."
     from PIL import Image
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")               # a large size, which is bounded elsewhere
+        warnings.simplefilter("ignore")       # a large size, which is bounded elsewhere
         try: opened = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.UnidentifiedImageError:
             raise ValueError("none of the formats " + ", ".join(FORMATS)) from None
         with opened as image:
             if getattr(image, "is_animated", False): raise Unfit(FRAMES)
             if is_deep(image): raise Unfit(DEEP)
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+            if "transparency" in image.info or alpha:
                 raise Unfit(ALPHA)
             channels = {"1": 1, "L": 1, "RGB": 3, "P": 3}.get(image.mode)
             if channels is None:
-                raise Unfit(f"is {image.mode}, expected grey or RGB; convert it, with PIL: "
-                            "image.convert('RGB').save(...)")
+                raise Unfit(f"is {image.mode}, expected grey or RGB; convert it, with "
+                            "PIL: image.convert('RGB').save(...)")
             (width, height), turn = image.size, image.getexif().get(0x112, 1)
-            if image.format == "TIFF": width, height = image.tag_v2[256], image.tag_v2[257]
+            if image.format == "TIFF":
+                width, height = image.tag_v2[256], image.tag_v2[257]
             return Header(channels, height, width, turn if turn in range(1, 9) else 1)
 
 def is_deep(image) -> bool:   # a PIL image whose header was read
-    "Whether a channel has more than eight bits: PIL would cut off the rest without a word."
+    "Whether a channel has more than eight bits, which PIL cuts off without a word."
     if image.mode in ("F", "I") or image.mode.startswith("I;"): return True
     if image.format == "TIFF": return max(image.tag_v2.get(258, (1,))) > 8
     arguments = image.tile[0][3] if image.format == "PPM" and image.tile else None
-    return isinstance(arguments, tuple) and arguments[-1] > 255       # the largest value of a PPM
+    return isinstance(arguments, tuple) and arguments[-1] > 255    # a PPM's white
 
 def image_header(data:bytes,    # an encoded image
-                ) -> Header:    # raises `Unfit`; ValueError or OSError for what is no image
-    "What an image will be, from its header alone, so that nothing large or odd is ever decoded."
+                ) -> Header:    # raises `Unfit`; ValueError, OSError for no image
+    """What an image will be, from its header alone, so that nothing large or odd is
+    ever decoded.
+    """
     if data[:3] == b"\xff\xd8\xff": return jpeg_header(data)
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 33:
         return png_header(data)
@@ -172,11 +182,12 @@ def decode(data:bytes,         # an encoded image
     "JPEG through torchvision (faster than PIL, the same pixels), the rest through PIL."
     if data[:3] == b"\xff\xd8\xff" and (jpeg := jpeg_decoder()):
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return upright(jpeg(file, 0, False).numpy(), header.turn)       # 0, False: as stored
+        return upright(jpeg(file, 0, False).numpy(), header.turn)  # 0, False: stored
     from PIL import Image
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        stored = image.format != "TIFF"                                 # which PIL turns itself
-        pixels = np.asarray(image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode)))
+        stored = image.format != "TIFF"           # which PIL turns itself
+        mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+        pixels = np.asarray(image.convert(mode))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return upright(pixels, header.turn) if stored else pixels
 

@@ -29,32 +29,37 @@ class Call:
 class PickleReader:
     """Runs the stack machine of a pickle, except for its one dangerous power.
 
-    Calls become `Call` records. Raises `error` for a global that is not allowed, for damage,
-    and for a file that would cost more than its size is worth.
+    Calls become `Call` records. Raises `error` for a global that is not allowed, for
+    damage, and for a file that would cost more than its size is worth.
     """
     def __init__(self,
-                 data,               # bytes, or a binary file that is read from its position
+                 data,               # bytes, or a binary file from its position on
                  allowed:set,        # dotted names of the globals that may occur
                  where:str,          # file, for messages
                  error=DataError,    # exception class to raise
                  max_ops:int=2_000_000):  # instructions to run at most
         self.file = io.BytesIO(data) if isinstance(data, (bytes, bytearray)) else data
-        self.allowed, self.where, self.error, self.max_ops = allowed, where, error, max_ops
+        self.allowed, self.where, self.error = allowed, where, error
+        self.max_ops = max_ops
         self.stack, self.memo = [], {}
-        self.budget = 4 * bytes_left(self.file) + 2**20     # of the bytes that calls may make
+        self.budget = 4 * bytes_left(self.file) + 2**20    # of bytes from calls
 
     def fail(self, why:str):
         "Raise the reader's error, which names the file."
         raise self.error(f"{self.where}: {why}")
 
     def read(self):
-        "The object that one pickle describes: lists, dicts, numbers, strings and `Call` records."
+        """The object that one pickle describes: lists, dicts, numbers, strings and
+        `Call` records.
+        """
         try:
             for count, (op, arg, _) in enumerate(pickletools.genops(self.file)):
-                if count > self.max_ops: self.fail(f"more than {self.max_ops:,} instructions")
+                if count > self.max_ops:
+                    self.fail(f"more than {self.max_ops:,} instructions")
                 if op.name == "STOP": return self.stack.pop()
                 if op.name not in OPS:
-                    self.fail(f"refused: pickle instruction {op.name} has no place in such a file")
+                    self.fail(f"refused: pickle instruction {op.name} has no place in "
+                              "such a file")
                 OPS[op.name](self, arg)
         except (ValueError, IndexError, TypeError, KeyError, OverflowError, EOFError,
                 AttributeError, RecursionError) as error:
@@ -81,24 +86,25 @@ def bytes_left(file) -> int:   # of a file that can be read from any place
     "How much of a file lies behind its position, which stays."
     at = file.tell()
     end = file.seek(0, os.SEEK_END)
-    end = file.tell() if end is None else end      # a memory map returned None before Python 3.13
+    end = file.tell() if end is None else end    # a map returns None before Python 3.13
     file.seek(at)
     return end - at
 
 # %% ../nbs/26_pickles.ipynb #ce47c93f
 MARK = object()
-LITERALS = ("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING "
-            "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE "
-            "SHORT_BINUNICODE BINUNICODE BINUNICODE8").split()
+LITERALS = ("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING "
+            "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
+            "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8").split()
 
 def push(value):   # a constant, or a type to be made
     "An instruction that pushes a constant, or what `value` makes."
-    return lambda machine, arg: machine.stack.append(value() if callable(value) else value)
+    make = value if callable(value) else lambda: value
+    return lambda machine, arg: machine.stack.append(make())
 
 OPS = {name: lambda machine, arg: machine.stack.append(arg) for name in LITERALS}
 OPS |= {"NONE": push(None), "NEWTRUE": push(True), "NEWFALSE": push(False),
         "MARK": lambda machine, arg: machine.stack.append(MARK)}
-OPS |= {"EMPTY_LIST": push(list), "EMPTY_SET": push(list),        # a set: nothing is hashed
+OPS |= {"EMPTY_LIST": push(list), "EMPTY_SET": push(list),    # a set: nothing is hashed
         "EMPTY_DICT": push(dict), "EMPTY_TUPLE": push(tuple)}
 OPS |= {"PROTO": lambda machine, arg: None, "FRAME": lambda machine, arg: None}
 
@@ -107,12 +113,15 @@ def set_pairs(machine:PickleReader,   # who complains
               into:dict,              # to be filled
               items:list,             # k, v, k, v, ...
              ) -> dict:               # the same dict
-    "Items k, v, k, v, ... into a dict; keys are text, bytes or numbers that cannot collide."
+    """Items k, v, k, v, ... into a dict; keys are text, bytes or numbers that cannot
+    collide.
+    """
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) not in (str, bytes, int, float, bool):
             machine.fail("a dict key that is no string or number")
         if type(key) is int and abs(key) >= 2**60:
-            machine.fail("a dict key of more than 60 bits, which no such file has a use for")
+            machine.fail("a dict key of more than 60 bits, which no such file has a "
+                         "use for")
         into[key] = value
     return into
 
@@ -136,8 +145,8 @@ def pops_mark(make):   # what to do with the machine and the items above the mar
     "An instruction that takes everything above the mark and pushes what is made of it."
     return lambda machine, arg: machine.stack.append(make(machine, machine.pop_mark()))
 
-OPS |= {f"TUPLE{n}": lambda machine, arg, n=n: machine.stack.append(tuple(machine.pop(n)))
-        for n in (1, 2, 3)}
+OPS |= {f"TUPLE{n}": lambda machine, arg, n=n:
+        machine.stack.append(tuple(machine.pop(n))) for n in (1, 2, 3)}
 OPS |= {"TUPLE": pops_mark(lambda machine, items: tuple(items)),
         "LIST": pops_mark(lambda machine, items: items),
         "DICT": pops_mark(lambda machine, items: set_pairs(machine, {}, items)),
@@ -169,8 +178,8 @@ def find(machine:PickleReader, module, name) -> None:
     if type(module) is not str or type(name) is not str:
         machine.fail("damaged pickle (a global whose name is no text)")
     if f"{module}.{name}" not in machine.allowed:
-        machine.fail(f"refused: the file asks for {module[:60]!a}.{name[:60]!a}, "
-                     "which such a file has no use for; nothing was executed")
+        machine.fail(f"refused: the file asks for {module[:60]!a}.{name[:60]!a}, which "
+                     "such a file has no use for; nothing was executed")
     machine.stack.append(Name(f"{module}.{name}"))
 
 def call(machine:PickleReader, function, args) -> None:
@@ -183,11 +192,13 @@ def call(machine:PickleReader, function, args) -> None:
 
 def latin1(machine:PickleReader, args:tuple) -> bytes:
     "The one call that is carried out: text to bytes, within the machine's budget."
-    if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"):
+    if (len(args) != 2 or type(args[0]) is not str
+            or args[1] not in ("latin1", "latin-1")):
         machine.fail("damaged pickle (bytes that are no latin-1 text)")
     machine.budget -= len(args[0])
     if machine.budget < 0:
-        machine.fail("refused: its calls would make more bytes than four times the file")
+        machine.fail("refused: its calls would make more bytes than four times "
+                     "the file")
     return args[0].encode("latin-1")
 
 def build(machine:PickleReader, state) -> None:

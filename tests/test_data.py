@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from edm_nb import archives, data, images, pickles
+from edm_nb import archives, arrays, data, images, pickles
 from edm_nb.data import ImageSet, load_images, write_zip
 from edm_nb.files import DataError
 from edm_nb.randomness import IndexStream
@@ -555,7 +555,7 @@ def array_call(shape, dtype="u1", raw=b"", order=False, name="numpy.core.multiar
     array_call((2, 5), raw=b"x" * 10, name="numpy.dtype"), array_call((10,), raw="\u1234" * 10)], ids=lambda v: "")
 def test_odd_arrays(value):
     with pytest.raises(DataError, match="^here"):
-        data.pickled_array(value, "here")
+        arrays.pickled_array(value, "here")
 
 
 def test_odd_batches(tmp_path):

@@ -387,9 +387,9 @@ def test_npz_labels_are_finite_after_the_cast(tmp_path):
 @pytest.mark.parametrize("label", [70_000, 5_000_000, 10**9, 2**31 - 1])
 def test_class_numbers_are_bounded(tmp_path, label):
     np.savez(tmp_path/"a.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, label]))
-    with pytest.raises(DataError, match="expected at most 65,536 classes"):
+    with pytest.raises(DataError, match=r"a\.(npz|zip): [\d,]+ classes by its labels .* at most 65,536"):
         load_images(tmp_path/"a.npz")
-    with pytest.raises(DataError, match="expected at most 65,536 classes"):
+    with pytest.raises(DataError, match=r"a\.(npz|zip): [\d,]+ classes by its labels .* at most 65,536"):
         load_images(zipped(tmp_path/"a.zip", {"a.png": picture(1), "dataset.json": '{"labels": [["a.png", %d]]}' % label}))
     ImageSet(torch.zeros(70_001, 1, 1, 1), torch.arange(70_001))           # as many classes as images are fine
 
