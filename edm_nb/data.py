@@ -99,8 +99,10 @@ def check_contract(image_set:ImageSet,  # the set to look at
         raise DataError(f"{name}: labels run from {low} to {high}, expected {expected}")
     most = max(MAX_CLASSES, len(x))
     if max(high + 1, names) > most:
-        raise DataError(f"{name}: {max(high + 1, names):,} classes by its labels and their "
-                        f"names; expected at most {most:,}, numbered from 0 without gaps")
+        raise DataError(f"{name}: {max(high + 1, names):,} classes by its labels and "
+                        "their "
+                        f"names; expected at most {most:,}, numbered from 0 without "
+                        "gaps")
 
 # %% ../nbs/10_data.ipynb #39e58be0
 def to_float(images:Tensor,  # uint8, any shape; floats pass through
