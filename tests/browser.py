@@ -48,9 +48,9 @@ def screen(driver, width=1400, height=1000, dark=False, still=False):
         dict(name="prefers-reduced-motion", value="reduce" if still else "no-preference")]))
 
 
-def page(names, folder, theme=None):
+def page(names, folder, theme=None, start=""):
     "An HTML file with the pages of the explorer that are named, as a chapter has them; its path."
-    places = "".join(f'<div class="edm-explorer" data-page="{name}"><p>a static picture of {name}</p></div>' for name in names)
+    places = "".join(f'<div class="edm-explorer" data-page="{name}" data-start="{start}"><p>a static picture of {name}</p></div>' for name in names)
     path = Path(folder) / "page.html"
     path.write_text(f"""<!doctype html><html lang="en"{f' data-theme="{theme}"' if theme else ''}><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>explorer</title>

@@ -233,6 +233,18 @@ def test_the_address_holds_the_setting(open_page):
     assert bad.errors() == []
 
 
+def test_a_chapter_may_start_elsewhere(driver, tmp_path):
+    screen(driver)
+    driver.get("about:blank")
+    driver.get(page(["trajectories"], tmp_path, start="solver=heun&amp;N=900&amp;z=x").as_uri())
+    reader = Reader(driver, "trajectories")
+    reader.settle()
+    assert (reader.state["solver"], reader.state["N"], reader.state["z"]) == ("heun", 64, -0.9)
+    reader.choose("solver", "euler")
+    reader.press(".tools button:last-child")
+    assert reader.state["solver"] == "heun"
+
+
 def test_every_experiment_can_be_set_up(open_page):
     reader = open_page(*PAGES)
     for name in PAGES:

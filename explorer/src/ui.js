@@ -115,7 +115,8 @@ export const control = (id, name, field, set) => (field.kind === "range" ? range
 
 // definition: { id, title, lead, fields, tries: [{ text, set }], build(stage) -> draw(state, changed) }.
 export function mount(root, definition) {
-  const { id, fields } = definition, defaults = Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.value]));
+  const { id, fields } = definition, chosen = new URLSearchParams(root.dataset.start ?? "");     // data-start="solver=heun&N=8": a chapter's own defaults
+  const defaults = Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, chosen.has(name) ? clean(field, chosen.get(name)) : field.value]));
   const state = { ...defaults }, controls = {}, reads = {};
   const frame = element("section", { class: "edm-x", "aria-label": definition.title });
   let draw = () => {}, waiting = 0, changed = new Set(Object.keys(fields));

@@ -72,7 +72,7 @@ export const trajectories = {
       results = Object.fromEntries(names.map(name => [name, []]));
       const go = () => {
         if (mine !== job) return;
-        const until = performance.now() + 9;
+        const until = performance.now() + 12;
         while (queue.length && performance.now() < until) {
           const [name, n] = queue.shift(), levels = numerics.spaced(state.spacing, n, FIRST, state.sigma_max, state.rho);
           const got = numerics.integrate(D, schedule, start.map(x => s * x), levels, step(name, state)).pop();
