@@ -261,6 +261,9 @@ def test_every_experiment_can_be_set_up(open_page):
 def test_no_page_is_wider_than_the_screen_and_labels_can_be_read(open_page, width, dark):
     reader = open_page(*PAGES, width=width, height=900, dark=dark)
     assert reader.script("return document.documentElement.scrollWidth") <= width
+    outside = reader.script("return [...document.querySelectorAll('.edm-x :is(div, p, canvas, svg, input, button, td, figure)')].filter(e => e.getClientRects().length && "
+                            "e.getBoundingClientRect().right > e.closest('.edm-x').getBoundingClientRect().right + 1).map(e => e.className + e.textContent.slice(0, 40))")
+    assert outside == []                                        # what is cut off does not make the page wider
     sizes = reader.script("return [...document.querySelectorAll('.edm-x *')].filter(e => e.childNodes.length && e.firstChild.nodeType === 3 && e.firstChild.data.trim())"
                           ".map(e => parseFloat(getComputedStyle(e).fontSize))")
     assert min(sizes) >= 9 and np.mean(np.array(sizes) < 12) < 0.05        # subscripts alone are smaller

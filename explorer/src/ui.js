@@ -29,7 +29,7 @@ export function number(value, digits = 3) {
   return `${sign}${+(size / 10 ** exponent).toPrecision(2)}·${power(exponent)}`;
 }
 export const fixed = (value, digits = 2) => (value < 0 && +value.toFixed(digits) !== 0 ? "−" : "") + Math.abs(value).toFixed(digits);
-export const percent = (value, digits = 0) => fixed(100 * value, digits) + " %";
+export const percent = (value, digits = 0) => fixed(100 * value, digits) + "\u00a0%";
 
 // --- the state of a page, in the fragment of the URL -------------------------------------------------------------------
 // #explorer?churn.S_churn=40&churn.N=32: the fragment is all of the address that a page opened from file:// may change.
@@ -175,7 +175,7 @@ export function mount(root, definition) {
     element("div", { class: "head" }, element("div", { class: "title", role: "heading", "aria-level": 3 }, definition.title),
       element("p", { class: "intro", html: definition.lead }),
       element("div", { class: "tools" }, copy, element("button", { type: "button", onclick: () => set(defaults) }, "Reset"))),
-    element("div", { class: "body" }, stage.plots, element("div", { class: "side" },
+    element("div", { class: "layout" }, stage.plots, element("div", { class: "side" },
       element("div", { class: "controls" }, ...Object.values(controls).map(c => c.node)), definition.below ? null : experiments), definition.below ? experiments : ""));
   root.replaceChildren(frame);
 

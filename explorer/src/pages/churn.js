@@ -100,8 +100,8 @@ export const churn = {
     player.append(button, moment.node, element("div", { class: "reads" }, read("sigma", "σ =")));
     plots.append(player);
     const cells = {}, cell = (row, column) => { const output = element("output", { "data-read": `${row}.${column}` }); cells[`${row}.${column}`] = output; return element("td", {}, output); };
-    const columns = [["heun", "Heun, no&nbsp;noise"], ["algorithm2", "Algo&shy;rithm&nbsp;2"], ["sde", "Euler–<wbr>Maru&shy;yama"], ["exact", "exact draws"]];
-    const rows = [...BLOBS.map((name, k) => [`share${k}`, `share, ${name} (${[50, 30, 20][k]} %)`]), ...BLOBS.map((name, k) => [`width${k}`, `width, ${name} (1)`]), ["shift", "shift of centres (0)"], ["distance", "distance (0)"]];
+    const columns = [["heun", "Heun, no&nbsp;noise"], ["algorithm2", "Algo&shy;rithm&nbsp;2"], ["sde", "Euler–<wbr>Maruyama"], ["exact", "exact draws"]];
+    const rows = [...BLOBS.map((name, k) => [`share${k}`, `share ${name} (${[50, 30, 20][k]}\u00a0%)`]), ...BLOBS.map((name, k) => [`width${k}`, `width ${name} (1)`]), ["shift", "shift of centres (0)"], ["distance", "distance (0)"]];
     plots.append(element("div", { class: "scroll late" }, element("table", {},
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "at the end (truth)"), ...columns.map(([, name]) => element("th", { scope: "col", html: name })))),
       element("tbody", {}, ...rows.map(([row, name]) => element("tr", {}, element("th", { scope: "row" }, name), ...columns.map(([column]) => cell(row, column))))))));
@@ -135,7 +135,7 @@ export const churn = {
         const show = (name, pick, text) => {
           const values = floor.map(pick), mean = values.reduce((a, b) => a + b) / 12, spread = Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / 11);
           cells[`${name}.exact`].dataset.value = mean;
-          cells[`${name}.exact`].textContent = `${text(mean)} ± ${text(spread)}`;
+          cells[`${name}.exact`].textContent = `${text(mean)} ±\u00a0${text(spread)}`;
         };
         for (const k of [0, 1, 2]) { show(`share${k}`, c => c.share[k], v => fixed(100 * v, 0)); show(`width${k}`, c => c.width[k], v => fixed(v, 2)); }
         show("shift", c => c.shift, v => fixed(v, 2)); show("distance", c => c.distance, v => fixed(v, 3));
