@@ -22,8 +22,8 @@ from .archives import (checked_header, decode_all, label_limit, label_tensor,
                              MAX_MEMBER, no_zip, one_size, open_folder, open_zip,
                              Source)
 from .arrays import (channels_first, float_images, npz_labels, NUMPY_GLOBALS,
-                           pickled_array, read_arrays)
-from .files import DataError, write_atomic
+                           pickled_array)
+from .files import DataError, read_npz, write_atomic
 from .images import MAX_SIDE, png_bytes
 from .pickles import PickleReader
 
@@ -436,10 +436,11 @@ def load_npz(path:Path,        # with `images` (or one unnamed), `labels`, `layo
 
     Raises `DataError`, also where the layout is neither stated nor plain.
     """
-    def choose(names):
-        unnamed = ["arr_0", "arr_1"] if "images" not in names else []
-        return ["images", "labels", "layout", *unnamed]
-    arrays = read_arrays(path, choose)
+    if not zipfile.is_zipfile(path): raise DataError(no_zip(path))
+    most = 2**28 + 100 * path.stat().st_size
+    arrays = read_npz(path, ("images", "labels", "layout"), most)
+    if "images" not in arrays:                     # as guided diffusion writes them
+        arrays |= read_npz(path, ("arr_0", "arr_1"), most)
     images = arrays.get("images", arrays.get("arr_0"))
     labels = arrays.get("labels", arrays.get("arr_1"))
     if images is None or images.ndim != 4:

@@ -447,7 +447,7 @@ def test_layout_that_is_none(tmp_path):
 
 @pytest.mark.parametrize("shape", [(5, 16, 4, 4), (5, 8, 16, 3), (5, 3, 3, 3), (5, 5, 80, 4)])
 def test_what_the_project_writes_it_reads_back(tmp_path, shape):
-    from edm_nb.cli import write_images
+    from edm_nb.commands import write_images
     x = torch.randn(shape)
     write_images(tmp_path/"a.npz", list(range(5)), x, torch.arange(5))
     found = load_images(tmp_path/"a.npz")
@@ -469,8 +469,8 @@ def test_the_unnamed_arrays_of_guided_diffusion(tmp_path):
                          ids=lambda h: h[:24].decode("latin-1"))
 def test_headers_of_arrays_that_are_none(tmp_path, header):
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(100)
-    refuse(zipped(tmp_path/"a.npz", {"images.npy": content}), "damaged|declares shape|records|too large")
-    refuse(zipped(tmp_path/"a.npz", {"images.npy": b"\x93NUMPY\x03\x00" + content[8:]}), "damaged")
+    refuse(zipped(tmp_path/"a.npz", {"images.npy": content}), "not a readable npz file")
+    refuse(zipped(tmp_path/"a.npz", {"images.npy": b"\x93NUMPY\x03\x00" + content[8:]}), "not a readable npz file .array format")
 
 
 # ---- no home -----------------------------------------------------------------------------------------------------------
