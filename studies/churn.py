@@ -106,11 +106,18 @@ def stirring(arguments):
 
 # ---------------------------------------------------------------- quality (C17, C18, C19, C21)
 
+def in_pieces(denoise, size=256):
+    "The same denoiser, a piece of the batch at a time: what fits the processor's cache is done in two thirds of the time."
+    def pieces(x, sigma, class_labels):
+        return torch.cat([denoise(part, sigma, class_labels=labels) for part, labels in zip(x.split(size), class_labels.split(size), strict=True)])
+    return pieces
+
+
 class Digits:
     "Samples of one denoiser with the data's own labels, measured against the data: as many images as there are, pixel features."
 
     def __init__(self, denoise, seeds, n):
-        self.denoise, self.seeds, self.n, self.data, self.paths = denoise, seeds, n, digits(), {}
+        self.denoise, self.seeds, self.n, self.data, self.paths = in_pieces(denoise), seeds, n, digits(), {}
         self.labels = one_hot(self.data.labels[:n], self.data.label_dim)
         self.real = feature_stats(self.data, pixels())
 
@@ -208,9 +215,10 @@ def quality(arguments):
     trained = Digits(load(arguments.model), seeds, n)
     record.measure("floor", trained.floor)
     for S_churn in (0, 4): cell("trained", trained, 16, Churn(S_churn, **INSIDE))
-    cell("trained", trained, 8, Churn(0, **INSIDE))
-    for steps in (8, 16): record.measure(f"Algorithm 2 at Song's rate: N {steps}", trained.song_rate, steps)
-    for steps in (15, 31): record.measure(f"Euler-Maruyama: N {steps}", trained.euler_maruyama, steps)
+    for steps in (8, 16):
+        record.measure(f"Algorithm 2 at Song's rate: N {steps}", trained.song_rate, steps)
+        record.measure(f"Euler-Maruyama: N {2*steps - 1}", trained.euler_maruyama, 2*steps - 1)
+        if steps == 8: cell("trained", trained, steps, Churn(0, **INSIDE))
 
 
 def fine(arguments):
@@ -218,8 +226,8 @@ def fine(arguments):
     n, seeds, record, cell = opened(arguments, "churn_fine.json", "many steps")
     trained = Digits(load(arguments.model), seeds, n)
     for S_noise in (1.0, 1.007): cell("trained", trained, 64, Churn(16, **INSIDE, S_noise=S_noise))
-    cell("trained", trained, 64, Churn(0))
     cell("trained", trained, 64, Churn(16, S_tmin=0.0, S_tmax=1.0))
+    cell("trained", trained, 64, Churn(0))
 
 
 def healing(arguments):
