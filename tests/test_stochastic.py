@@ -591,6 +591,24 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="floating"): langevin(gaussian(), x.long(), 1.0, 1)
 
 
+@pytest.mark.parametrize("bad", [
+    dict(dtype=torch.int64), dict(sigmas=torch.complex(edm_sigmas(4), edm_sigmas(4))), dict(sigmas=[]), dict(sigmas=["a", "b"]),
+    dict(sigmas=torch.tensor([math.nan, 1.0])), dict(sigmas=torch.tensor([[2.0, 1.0]])), dict(noise=torch.zeros(2, 3, device="meta"))], ids=str)
+def test_every_sampler_refuses_what_has_no_meaning(bad):
+    "The kind: numbers that torch would convert in silence."
+    noise, sigmas, more = bad.get("noise", normal(2, 3)), bad.get("sigmas", edm_sigmas(4)), {k: v for k, v in bad.items() if k == "dtype"}
+    for run in (lambda: sample(gaussian(), noise, sigmas, **more), lambda: list(sample_states(gaussian(), noise, sigmas, **more)),
+                lambda: sample_sde(gaussian(), noise, sigmas, lambda t: 0.1, **more), lambda: list(sde_states(gaussian(), noise, sigmas, lambda t: 0.1, **more))):
+        with pytest.raises((ValueError, TypeError)): run()
+    if "sigmas" not in bad:
+        with pytest.raises(ValueError): langevin(gaussian(), noise, 0.5, 2, **more)
+
+
+def test_iterations_are_whole_numbers():
+    for at in ([0.5], [0, True and 1.5], ["1"], [-1], [2, 2]):
+        with pytest.raises(ValueError, match="rising"): langevin_states(gaussian(), normal(2, 3), 0.5, at)
+
+
 def test_nan_is_reported_with_step_and_sigma():
     sigmas = edm_sigmas(8)
     broken = lambda x, sigma: x*math.nan if sigma < 1 else x*0.5
