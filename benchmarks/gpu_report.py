@@ -57,6 +57,7 @@ from edm_nb.networks import build_network
 from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas
 from edm_nb.preconditioning import Preconditioned
 from edm_nb.stochastic import BEST_CHURN, Churn, langevin_states, sample
+from edm_nb.generation import generate, Sampling
 from edm_nb.randomness import SeededNoise
 from edm_nb.training import edm_loss, EMA, ema_beta
 from edm_nb.updates import (
@@ -206,18 +207,15 @@ class Report:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def draw(self, denoise, n, sigmas, churn=Churn(), solver=heun, schedule=LINEAR):
-        """Samples as bytes, a batch at a time; class = number mod 10. The first noise comes from the CPU, so that it is the same
-        on every machine; the churn's comes from the device. Both depend on seed, --sample-batch and number alone."""
-        shape = (denoise.net.channels, denoise.net.resolution, denoise.net.resolution)
-        for start in range(0, n, self.args.sample_batch):
-            size, seed = min(self.args.sample_batch, n - start), self.args.seed * 10**6 + start
-            noise = torch.randn(size, *shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-            source = torch.Generator(self.device).manual_seed(seed)
-            fresh = lambda x: torch.randn(x.shape, generator=source, device=x.device, dtype=x.dtype)  # noqa: E731
-            labels = one_hot(torch.arange(start, start + size) % 10, 10).to(self.device)
-            with torch.no_grad(), self.autocast():
-                x = sample(denoise, noise, sigmas, churn, fresh, schedule, solver, class_labels=labels)
-            yield to_uint8(x)
+        """Samples as bytes, a batch at a time; class = number mod 10. Image i is that of seed 10^6 --seed + i, whatever the batch;
+        its noise is drawn on the device."""
+        def sampler(model, noise, levels, randn_like, **cond):
+            with self.autocast():
+                return sample(model, noise, levels, churn, randn_like, schedule, solver, round_sigma=denoise.round_sigma, **cond)
+        seeds = range(self.args.seed * 10**6, self.args.seed * 10**6 + n)
+        for _, images, _ in generate(denoise, seeds, Sampling(levels=tuple(sigmas.tolist())), range(10), sampler=sampler,
+                                     batch=self.args.sample_batch, noise_on=self.device):
+            yield images
 
     def distance(self, denoise, n, sigmas, churn=Churn(), solver=heun, schedule=LINEAR):
         "Fréchet distance of n samples against the training statistics, and the seconds that drawing them took."

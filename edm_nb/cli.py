@@ -9,7 +9,8 @@ __all__ = ['MENDABLE', 'BY_NAME', 'MOST_NUMBERS', 'SOLVERS', 'ROWS', 'SETS', 'FE
            'FeatureName', 'Weights', 'SAMPLING', 'UsageError', 'polite_sigterm', 'plain_warnings', 'one_line',
            'explain', 'friendly', 'parse_numbers', 'check_ending', 'not_taken', 'free_name', 'check_choice',
            'must_exist', 'only_for', 'show_version', 'every_command', 'option', 'light_checks', 'check_features',
-           'as_sampling', 'show', 'train', 'presets', 'suggest', 'sample', 'stats', 'fid', 'demo', 'convert', 'main']
+           'as_sampling', 'show', 'finite', 'train', 'presets', 'suggest', 'sample', 'stats', 'fid', 'demo', 'convert',
+           'main']
 
 # %% ../nbs/15_cli.ipynb #b2118039
 import contextlib, functools, json, math, os, re, signal, sys, threading, warnings
@@ -36,8 +37,7 @@ def polite_sigterm():
 
 @contextlib.contextmanager
 def plain_warnings():
-    """Print this package's own warnings as one line, without the source code of the place
-    that gave them."""
+    "Print this package's own warnings as one line, without their place in the source."
     with warnings.catch_warnings():
         usual = warnings.showwarning
         def show(message, category, filename, *more, **named):
@@ -51,10 +51,11 @@ def one_line(text) -> str:
     "Any text on one line, without what could command a terminal."
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
-# %% ../nbs/15_cli.ipynb #85d46439
+# %% ../nbs/15_cli.ipynb #d9e1c9b2
 MENDABLE = (ValueError, OSError, ImportError, EOFError, MemoryError, ArithmeticError,
             RecursionError)
-BY_NAME = ("SafetensorError", "BadZipFile", "TrainingDiverged", "FolderBusy", "OutOfMemoryError",
+BY_NAME = ("SafetensorError", "BadZipFile", "TrainingDiverged", "FolderBusy",
+           "OutOfMemoryError",
            "TokenError", "DistNetworkError", "DistStoreError", "DistBackendError")
 
 def explain(error:BaseException) -> str|None:   # None: a fault of the package
@@ -62,14 +63,16 @@ def explain(error:BaseException) -> str|None:   # None: a fault of the package
     text, name = one_line(error), type(error).__name__
     memory = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or memory:
-        size = "" if not memory else f" ({memory[2] or f'{int(memory[1])/2**30:.3g} GiB'} asked for)"
-        return (f"there is not enough memory{size}; take a smaller --batch or --micro-batch, "
-                "a smaller network, or smaller images")
+        size = memory and (memory[2] or f"{int(memory[1])/2**30:.3g} GiB")
+        size = f" ({size} asked for)" if size else ""
+        return (f"there is not enough memory{size}; take a smaller --batch or "
+                "--micro-batch, a smaller network, or smaller images")
     if "No space left" in text or getattr(error, "errno", None) == 28:
         return f"the disk is full: {text}. Make room and start the same command again"
     if isinstance(error, RecursionError): return "a file is nested too deep to be read"
     if isinstance(error, EOFError) or name == "BadZipFile":
-        return f"a file ends too early or is damaged: {text or 'it is empty'}; fetch it again"
+        return (f"a file ends too early or is damaged: {text or 'it is empty'}; fetch "
+                "it again")
     if name == "SafetensorError":
         return f"a .safetensors file cannot be read or written: {text}"
     if isinstance(error, MENDABLE) or name in BY_NAME: return text or name
@@ -85,17 +88,20 @@ def friendly(command):
             typer.echo("edm-nb: interrupted; what was finished is on disk", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            ends = isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "show")
-            if ends or os.environ.get("EDM_NB_TRACEBACK"): raise       # typer's own, or wanted
+            typers = isinstance(error, (typer.Exit, typer.Abort))
+            if typers or hasattr(error, "show"): raise
+            if os.environ.get("EDM_NB_TRACEBACK"): raise
             if (text := explain(error)) is not None:
                 typer.echo(f"edm-nb: {text}", err=True)
                 raise typer.Exit(2) from error
-            typer.echo(f"edm-nb: a fault of edm-nb itself, please report it: {type(error).__name__}: "
-                       f"{one_line(error)[:500]} (EDM_NB_TRACEBACK=1 shows where)", err=True)
+            typer.echo("edm-nb: a fault of edm-nb itself, please report it: "
+                       f"{type(error).__name__}: {one_line(error)[:500]} "
+                       "(EDM_NB_TRACEBACK=1 shows where)",
+                       err=True)
             raise typer.Exit(1) from error
     return run
 
-# %% ../nbs/15_cli.ipynb #19afe2e9
+# %% ../nbs/15_cli.ipynb #ea6e0cb8
 MOST_NUMBERS = 10_000_000
 
 def parse_numbers(text:str,             # such as "0-63,100"
@@ -107,15 +113,18 @@ def parse_numbers(text:str,             # such as "0-63,100"
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,19})(?:\s*-\s*(\d{1,19}))?\s*", part, re.ASCII)
         if not match:
-            raise UsageError(f"{name} {text[:60]!r}: expected numbers and ranges such as 0-63,100")
+            raise UsageError(f"{name} {text[:60]!r}: expected numbers and ranges such "
+                             "as 0-63,100")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UsageError(f"{name} {text[:60]!r}: the range {part.strip()} runs backwards")
+            raise UsageError(f"{name} {text[:60]!r}: the range {part.strip()} runs "
+                             "backwards")
         if last >= most:
-            raise UsageError(f"{name}: {last} is too large; expected numbers below {most:,}")
+            raise UsageError(f"{name}: {last} is too large; expected numbers below "
+                             f"{most:,}")
         if len(numbers) + last - first >= MOST_NUMBERS:
-            raise UsageError(f"{name} {text[:60]!r} names more than {MOST_NUMBERS:,} numbers; "
-                             "split the work")
+            raise UsageError(f"{name} {text[:60]!r} names more than {MOST_NUMBERS:,} "
+                             "numbers; split the work")
         numbers += range(first, last + 1)
     if len(set(numbers)) < len(numbers):
         raise UsageError(f"{name} {text[:60]!r} names a number twice")
@@ -124,7 +133,7 @@ def parse_numbers(text:str,             # such as "0-63,100"
 def check_ending(out:Path,              # where the output shall go
                  endings:tuple,         # that are known
                  folder:bool=False,     # a name without an ending is a folder
-                ) -> Path:              # `out`; a number, as in samples-1.5, is no ending
+                ) -> Path:              # `out`; the .5 of samples-1.5 is no ending
     "Refuse an output that cannot be written, before the work for it begins."
     if out.suffix in endings: return out
     if folder and not re.fullmatch(r"\.[A-Za-z]\w*", out.suffix): return out
@@ -135,8 +144,8 @@ def not_taken(out:Path, overwrite:bool) -> Path:   # `out`
     "Refuse an output that exists, before anything is read."
     taken = out.exists() and (out.is_file() or any(out.iterdir()))
     if taken and not overwrite:
-        raise UsageError(f"{out} exists already; choose another --out, or add --overwrite "
-                         "to replace it")
+        raise UsageError(f"{out} exists already; choose another --out, or add "
+                         "--overwrite to replace it")
     return out
 
 def free_name(start:Path, ending:str) -> Path:   # in this folder
@@ -155,7 +164,8 @@ def must_exist(path:Path|str, what:str, names:tuple=()) -> None:
     "Refuse a path that leads nowhere."
     if str(path) in names or Path(path).exists(): return
     known = f"{', '.join(names)}, or " if names else ""
-    raise UsageError(f"no {what} at {path}; expected {known}a file or folder that exists")
+    raise UsageError(f"no {what} at {path}; expected {known}a file or folder that "
+                     "exists")
 
 def only_for(context:typer.Context, names:tuple, what:str) -> None:
     "Refuse options that were given and would be ignored."
@@ -166,12 +176,15 @@ def only_for(context:typer.Context, names:tuple, what:str) -> None:
         raise UsageError(f"{', '.join(options[name] for name in given)}: {what}")
 
 # %% ../nbs/15_cli.ipynb #32edd09e
-SOLVERS = ("heun", "euler", "midpoint", "ralston", "ab2", "ab3", "ab4")   # of `generation`
-ROWS = ("edm", "vp", "ve", "iddpm")                                       # the same
-SETS = ("digits", "cifar10", "cifar10-test")                              # of `commands`
-FEATURES = ("pixels", "cifar-features", "inception")                      # the same
+# Names that the commands know, repeated here so that a wrong one is refused at once;
+# a test compares them with those of `generation` and `commands`.
+SOLVERS = ("heun", "euler", "midpoint", "ralston", "ab2", "ab3", "ab4")
+ROWS = ("edm", "vp", "ve", "iddpm")
+SETS = ("digits", "cifar10", "cifar10-test")
+FEATURES = ("pixels", "cifar-features", "inception")
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
                   help="Diffusion models by the book: train, sample, measure.")
 
 def show_version(wanted:bool) -> None:
@@ -182,33 +195,37 @@ def show_version(wanted:bool) -> None:
 
 @app.callback()
 def every_command(version:Annotated[bool, typer.Option(
-    "--version", callback=show_version, is_eager=True, help="print the version")]=False): pass
+    "--version", callback=show_version, is_eager=True,
+    help="print the version")]=False): pass
 
 def option(kind, *names:str, help:str, **more):
     "An option that several commands share."
     return Annotated[kind, typer.Option(*names, help=help, **more)]
 
-Out = option(Path, "--out", help="where the result goes; an existing one is kept unless "
-             "--overwrite is given")
-MaybeOut = option(Optional[Path], "--out", help="where the result goes; an existing one is kept "
-                  "unless --overwrite is given; default: a new name in this folder")
+Out = option(Path, "--out", help="where the result goes; an existing one is kept "
+                                 "unless --overwrite is given")
+MaybeOut = option(Optional[Path], "--out",
+                  help="where the result goes; an existing one is kept unless "
+                       "--overwrite is given; default: a new name in this folder")
 Overwrite = option(bool, "--overwrite", help="replace an existing --out")
 Json = option(bool, "--json", help="print the result as JSON")
 Timeout = option(float, "--timeout", min=1, max=86_400,
-                 help="under torchrun: seconds after which a silent process counts as dead")
+                 help="under torchrun: seconds until a silent process counts as dead")
 Labels = option(Optional[Path], "--labels",
                 help="a .npy file of label vectors [N, D]: seed s gets row s mod N")
-At = option(Optional[int], "--at", min=0, help="images seen: a model that train --keep-models "
-            "kept; default: the last")
+At = option(Optional[int], "--at", min=0,
+            help="images seen: a model that train --keep-models kept; else the last")
 Device = option(Optional[str], "--device",
                 help="cpu, cuda, cuda:1, mps; the default is the GPU if there is one")
 Batch = option(int, "--batch", min=1, max=1_000_000, help="images at a time")
-Classes = option(Optional[str], "--classes", help="such as 3 or 0-9: seed s gets the (s mod k)-th; "
-                 "default: drawn from the seed")
-TableRow = option(str, "--table-row", help="noise levels, schedule and solver of a row of "
-                  "Table 1: edm, vp, ve or iddpm")
-Sigmas = option(Optional[Path], "--sigmas", help="a file of falling noise levels, instead of "
-                "--steps, --sigma-min, --sigma-max and --rho")
+Classes = option(Optional[str], "--classes",
+                 help="such as 3 or 0-9: seed s gets the (s mod k)-th; default: drawn "
+                      "from the seed")
+TableRow = option(str, "--table-row", help="noise levels, schedule and solver of a "
+                                           "row of Table 1: edm, vp, ve or iddpm")
+Sigmas = option(Optional[Path], "--sigmas",
+                help="a file of falling noise levels, instead of --steps, "
+                     "--sigma-min, --sigma-max and --rho")
 Steps = option(int, "--steps", min=1, max=10_000,
                help="solver steps; 18 cost 35 evaluations with Heun")
 SigmaMin = option(Optional[float], "--sigma-min",
@@ -216,8 +233,8 @@ SigmaMin = option(Optional[float], "--sigma-min",
 SigmaMax = option(Optional[float], "--sigma-max",
                   help="first noise level; default: the row's, 80 for edm")
 Rho = option(float, "--rho", min=0.1, max=1000, help="exponent of the steps")
-Solver = option(Optional[str], "--solver", help=f"{', '.join(SOLVERS)}; default: that of the "
-                "row, heun for edm")
+Solver = option(Optional[str], "--solver",
+                help=f"{', '.join(SOLVERS)}; default: that of the row, heun for edm")
 SChurn = option(float, "--S-churn", help="amount of churn; 0 is deterministic")
 STmin = option(float, "--S-tmin", help="churn from this noise level")
 STmax = option(float, "--S-tmax", help="churn up to this noise level")
@@ -225,18 +242,20 @@ SNoise = option(float, "--S-noise", help="standard deviation of the churn noise"
 Guidance = option(float, "--guidance",
                   help="w: 0 is none, 1 doubles the difference to the guide")
 Guide = option(Optional[Path], "--guide",
-               help="a weaker model (autoguidance); default: the same model without label")
-Official = option(bool, "--official-seeds", help="noise, class and churn in the order of the "
-                  "authors' script, on the model's device: their seeds give their images")
-FeatureName = option(Optional[str], "--features", help="pixels, cifar-features, or inception (the "
-                     "network of published FIDs); default: cifar-features for 3 x 32 x 32 images, "
-                     "else pixels")
+               help="a weaker model (autoguidance); default: the same without label")
+Official = option(bool, "--official-seeds",
+                  help="noise, class and churn in the order of the authors' script, "
+                       "on the model's device: their seeds give their images")
+FeatureName = option(Optional[str], "--features",
+                     help="pixels, cifar-features, or inception (the network of "
+                          "published FIDs); default: cifar-features for 3 x 32 x 32 "
+                          "images, else pixels")
 Weights = option(Optional[Path], "--weights",
                  help="a local file of the Inception weights; default: download")
 
-# %% ../nbs/15_cli.ipynb #3b959442
-SAMPLING = ("steps", "sigma_min", "sigma_max", "rho", "solver", "S_churn", "S_tmin", "S_tmax",
-            "S_noise", "guidance", "table_row", "sigmas")
+# %% ../nbs/15_cli.ipynb #3181250e
+SAMPLING = ("steps", "sigma_min", "sigma_max", "rho", "solver", "S_churn", "S_tmin",
+            "S_tmax", "S_noise", "guidance", "table_row", "sigmas")
 
 def light_checks(model:Path|None,          # that has to exist
                  sampling:dict,            # values of the options named in SAMPLING
@@ -250,7 +269,7 @@ def light_checks(model:Path|None,          # that has to exist
     check_choice(sampling["solver"], "--solver", SOLVERS)
     check_choice(sampling["table_row"], "--table-row", ROWS)
     if guide is not None and not sampling["guidance"]:
-        raise UsageError("--guide does nothing without --guidance, such as --guidance 1")
+        raise UsageError("--guide does nothing without --guidance (such as 1)")
     paths = {"model": model, "guide": guide, "file of labels": labels,
              "file of noise levels": sampling["sigmas"]}
     for what, path in paths.items():
@@ -261,7 +280,8 @@ def check_features(features:str|None, weights:Path|None) -> None:
     check_choice(features, "--features", FEATURES)
     if weights is None: return
     must_exist(weights, "weights")
-    if features != "inception": raise UsageError("--weights belong to --features inception")
+    if features != "inception":
+        raise UsageError("--weights belong to --features inception")
 
 def as_sampling(row:str, sigmas:Path|None, **given):   # a `Sampling`
     "The settings of a sampler; a file of levels replaces the row's."
@@ -272,52 +292,71 @@ def as_sampling(row:str, sigmas:Path|None, **given):   # a `Sampling`
 
 def show(facts, as_json:bool) -> None:
     "Print what a command found, once, for programs."
-    def plain(value): return None if isinstance(value, float) and not math.isfinite(value) else value
-    if not as_json or os.environ.get("RANK", "0") != "0": return
-    if isinstance(facts, dict): facts = {key: plain(value) for key, value in facts.items()}
-    typer.echo(json.dumps(facts, default=str))
+    if as_json and os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps(finite(facts), default=str))
+
+def finite(value):
+    "The same without NaN and infinity, which JSON does not have: they become null."
+    if isinstance(value, dict): return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)): return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/15_cli.ipynb #05763754
-@app.command(epilog="Example:  edm-nb train digits --out runs/digits    |    "
-                    "torchrun --nproc_per_node=8 -m edm_nb train cifar10-cond-ddpmpp "
-                    "--data cifar10.zip --out runs/c10")
+@app.command(epilog="Example:  edm-nb train digits --out runs/digits    |    torchrun "
+                    "--nproc_per_node=8 -m edm_nb train cifar10-cond-ddpmpp --data "
+                    "cifar10.zip --out runs/c10")
 @friendly
 def train(preset:Annotated[str, typer.Argument(
-              help="a preset (edm-nb presets lists them), or a JSON file like a run's config.json")],
-          out:option(Optional[Path], "--out", help="the run folder; not needed for --dry-run")=None,
-          data:option(Optional[str], "--data", help="replaces the preset's data: digits, cifar10, "
-                      "a zip, a folder, an npz")=None,
-          images:option(Optional[int], "--images", min=1, help="length of the training in images")=None,
-          scaled:option(bool, "--scale-durations/--keep-durations", help="whether warm-up and averages "
-                        "become shorter with --images")=True,
+              help="a preset (edm-nb presets lists them), or a JSON file like a run's "
+                   "config.json")],
+          out:option(Optional[Path], "--out",
+                     help="the run folder; not needed for --dry-run")=None,
+          data:option(Optional[str], "--data",
+                      help="replaces the preset's data: digits, cifar10, a zip, a "
+                           "folder, an npz")=None,
+          images:option(Optional[int], "--images", min=1,
+                        help="length of the training in images")=None,
+          scaled:option(bool, "--scale-durations/--keep-durations",
+                        help="whether warm-up and averages become shorter with "
+                             "--images")=True,
           batch:option(Optional[int], "--batch", min=1, max=1_000_000,
                        help="images per update over all processes")=None,
           micro_batch:option(Optional[int], "--micro-batch", min=1,
-                             help="images per forward pass (gradient accumulation)")=None,
-          lr:option(Optional[float], "--lr", min=1e-12, max=1000, help="learning rate")=None,
+                             help="images per forward pass (gradient "
+                                  "accumulation)")=None,
+          lr:option(Optional[float], "--lr", min=1e-12, max=1000,
+                    help="learning rate")=None,
           precision:option(Optional[str], "--precision", help="fp32 or bf16")=None,
-          compile:option(Optional[bool], "--compile/--no-compile", help="torch.compile")=None,
-          seed:option(Optional[int], "--seed", help="of weights, data order and noise")=None,
+          compile:option(Optional[bool], "--compile/--no-compile",
+                         help="torch.compile")=None,
+          seed:option(Optional[int], "--seed",
+                      help="of weights, data order and noise")=None,
           conditional:option(Optional[bool], "--conditional/--no-conditional",
                              help="train on labels")=None,
           sigma_data:option(Optional[str], "--sigma-data",
-                            help="standard deviation of the data; auto measures it")=None,
-          keep:option(Optional[int], "--keep-models", min=0, help="keep an averaged model every so "
-                      "many images, for sample --at")=None,
-          settings:option(Optional[list[str]], "--set", help="any value of the configuration: "
-                          "key=value, network.dropout=0.1")=None,
-          dry:option(bool, "--dry-run", help="two updates in memory: time, memory, cost")=False,
-          device:Device=None, overwrite:Overwrite=False, timeout:Timeout=600, as_json:Json=False):
+                            help="standard deviation of the data; auto measures "
+                                 "it")=None,
+          keep:option(Optional[int], "--keep-models", min=0,
+                      help="keep an averaged model every so many images, for sample "
+                           "--at")=None,
+          settings:option(Optional[list[str]], "--set",
+                          help="any value of the configuration: key=value, "
+                               "network.dropout=0.1")=None,
+          dry:option(bool, "--dry-run",
+                     help="two updates in memory: time, memory, cost")=False,
+          device:Device=None, overwrite:Overwrite=False, timeout:Timeout=600,
+          as_json:Json=False):
     "Train a preset or a configuration file. The same command again resumes the run."
     if out is None and not dry: raise UsageError("--out: name a folder for the run")
     if preset.endswith(".json"): must_exist(preset, "configuration")
     if data is not None: must_exist(data or ".", "images", SETS)
     given = dict(data=data, images=images, batch=batch, micro_batch=micro_batch, lr=lr,
-                 precision=precision, seed=seed, conditional=conditional, keep_every=keep,
+                 precision=precision, seed=seed, conditional=conditional,
+                 keep_every=keep,
                  compile={None: None, True: "blocks", False: "none"}[compile])
     from edm_nb import commands
-    show(commands.train(preset, out, given, settings or [], sigma_data, device, overwrite,
-                        timeout, scaled, dry), as_json)
+    show(commands.train(preset, out, given, settings or [], sigma_data, device,
+                        overwrite, timeout, scaled, dry), as_json)
 
 # %% ../nbs/15_cli.ipynb #cce2afd6
 @app.command()
@@ -331,30 +370,39 @@ def presets(as_json:Json=False):
 
 @app.command(epilog="Example:  edm-nb suggest my-images.zip")
 @friendly
-def suggest(images:Annotated[str, typer.Argument(help="digits, cifar10, a zip, a folder, an npz")],
+def suggest(images:Annotated[str, typer.Argument(
+                help="digits, cifar10, a zip, a folder, an npz")],
             as_json:Json=True):
-    "Print starting values for a data set as JSON: sigma_data, P_mean, P_std, sigma_min, sigma_max."
+    "Print starting values for a data set as JSON: sigma_data, P_mean, sigma_max, ..."
     must_exist(images, "images", SETS)
     from edm_nb import commands
     typer.echo(json.dumps(commands.suggest(images), indent=1))
 
 # %% ../nbs/15_cli.ipynb #57bc4149
-@app.command(epilog="Example:  edm-nb sample runs/digits --seeds 0-99 --classes 0-9 --out grid.png")
+@app.command(epilog="Example:  edm-nb sample runs/digits --seeds 0-99 --classes 0-9 "
+                    "--out grid.png")
 @friendly
 def sample(model:Annotated[Path, typer.Argument(help="a checkpoint or a run folder")],
            out:MaybeOut=None,
            seeds:option(str, "--seeds", "--seed",
-                        help="which images: numbers and ranges such as 0-63,100")="0-63",
-           classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=None, sigma_max:SigmaMax=None,
-           rho:Rho=7.0, solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
-           S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf, S_noise:SNoise=1.0,
+                        help="which images: numbers and ranges such as "
+                             "0-63,100")="0-63",
+           classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=None,
+           sigma_max:SigmaMax=None,
+           rho:Rho=7.0, solver:Solver=None, table_row:TableRow="edm",
+           sigmas:Sigmas=None,
+           S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf,
+           S_noise:SNoise=1.0,
            guidance:Guidance=0.0, guide:Guide=None, labels:Labels=None, at:At=None,
-           official:Official=False, batch:Batch=64, device:Device=None, overwrite:Overwrite=False,
+           official:Official=False, batch:Batch=64, device:Device=None,
+           overwrite:Overwrite=False,
            timeout:Timeout=600, as_json:Json=False):
     """Draw images by seed: a folder of PNGs, one .png sheet, an .npz or a .zip.
     The image of a seed is always the same."""
-    given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, solver=solver,
-                 S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise, guidance=guidance)
+    given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
+                 solver=solver,
+                 S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise,
+                 guidance=guidance)
     numbers = parse_numbers(seeds)
     wanted = None if classes is None else parse_numbers(classes, "--classes")
     out = free_name(model, ".png") if out is None else not_taken(
@@ -362,98 +410,122 @@ def sample(model:Annotated[Path, typer.Argument(help="a checkpoint or a run fold
     light_checks(model, given | dict(sigmas=sigmas, table_row=table_row), guide, labels)
     from edm_nb import commands
     sampling = as_sampling(table_row, sigmas, **given)
-    show(commands.sample(model, out, numbers, sampling, wanted, labels, guide, at, batch, device,
-                         overwrite, official, timeout), as_json)
+    show(commands.sample(model, out, numbers, sampling, wanted, labels, guide, at,
+                         batch, device, overwrite, official, timeout), as_json)
 
 # %% ../nbs/15_cli.ipynb #c1bcff76
-@app.command(epilog="Example:  edm-nb stats cifar10-train.zip --features cifar-features --out c10.npz")
+@app.command(epilog="Example:  edm-nb stats cifar10-train.zip --features "
+                    "cifar-features --out c10.npz")
 @friendly
-def stats(images:Annotated[str, typer.Argument(help="digits, cifar10, cifar10-test, a zip, a folder "
-                                               "or an npz")],
+def stats(images:Annotated[str, typer.Argument(
+              help="digits, cifar10, cifar10-test, a zip, a folder or an npz")],
           out:Out, features:FeatureName=None, weights:Weights=None, batch:Batch=256,
-          device:Device=None, overwrite:Overwrite=False, timeout:Timeout=600, as_json:Json=False):
+          device:Device=None, overwrite:Overwrite=False, timeout:Timeout=600,
+          as_json:Json=False):
     "Feature statistics of a set of images, as an .npz with the keys mu and sigma."
     not_taken(check_ending(out, (".npz",)), overwrite)
     must_exist(images, "images", SETS)
     check_features(features, weights)
-    from edm_nb import commands
-    show(commands.stats(images, out, features, weights, batch, device, overwrite, timeout), as_json)
+    from edm_nb import measuring
+    show(measuring.stats(images, out, features, weights, batch, device, overwrite,
+                         timeout), as_json)
 
 # %% ../nbs/15_cli.ipynb #6c82eb77
-@app.command(epilog="Example:  edm-nb fid runs/c10 --ref cifar10-train.zip --n 50000 --out d.json    |    "
-                    "edm-nb fid samples.zip --ref c10.npz --features cifar-features --out d.json")
+@app.command(epilog="Example:  edm-nb fid runs/c10 --ref cifar10-train.zip --n 50000 "
+                    "--out d.json    |    edm-nb fid samples.zip --ref c10.npz "
+                    "--features cifar-features --out d.json")
 @friendly
 def fid(context:typer.Context,
-        source:Annotated[str, typer.Argument(help="a checkpoint, a run folder, images (zip, folder, "
-                                             "npz) or a statistics file")],
-        ref:option(str, "--ref", help="digits, cifar10, cifar10-test, images, or a statistics file"),
-        out:option(Optional[Path], "--out", help="a .json file for the result and its protocol")=None,
+        source:Annotated[str, typer.Argument(
+            help="a checkpoint, a run folder, images (zip, folder, npz) or a "
+                 "statistics file")],
+        ref:option(str, "--ref", help="digits, cifar10, cifar10-test, images, or a "
+                                      "statistics file"),
+        out:option(Optional[Path], "--out",
+                   help="a .json file for the result and its protocol")=None,
         features:FeatureName=None, weights:Weights=None,
-        n:option(int, "--n", "--count", min=2, max=2**32, help="images per repetition, for a model; "
-                 "--count under torchrun, which takes --n for its own")=50_000,
-        repeats:option(int, "--repeats", min=1, max=1000, help="ranges of seeds, for a model")=3,
-        seed:option(int, "--seed", min=0, max=2**32 - 1, help="first seed, for a model")=0,
-        classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=None, sigma_max:SigmaMax=None,
+        n:option(int, "--n", "--count", min=2, max=2**32,
+                 help="images per repetition, for a model; --count under torchrun, "
+                      "which takes --n for its own")=50_000,
+        repeats:option(int, "--repeats", min=1, max=1000,
+                       help="ranges of seeds, for a model")=3,
+        seed:option(int, "--seed", min=0, max=2**32 - 1,
+                    help="first seed, for a model")=0,
+        classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=None,
+        sigma_max:SigmaMax=None,
         rho:Rho=7.0, solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
         S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf, S_noise:SNoise=1.0,
         guidance:Guidance=0.0, guide:Guide=None, labels:Labels=None, at:At=None,
         kid:option(bool, "--kid", help="the kernel distance as well")=False,
-        precision:option(bool, "--precision", help="precision and recall as well")=False,
-        neighbours:option(Optional[Path], "--neighbours", help="a .png sheet of eight images and "
-                          "their nearest references")=None,
-        batch:Batch=256, device:Device=None, overwrite:Overwrite=False, timeout:Timeout=600,
+        precision:option(bool, "--precision",
+                         help="precision and recall as well")=False,
+        neighbours:option(Optional[Path], "--neighbours",
+                          help="a .png sheet of eight images and their nearest "
+                               "references")=None,
+        batch:Batch=256, device:Device=None, overwrite:Overwrite=False,
+        timeout:Timeout=600,
         as_json:Json=False):
-    """Fréchet distance of a model or of images against a reference, with the protocol it was
-    measured by."""
-    given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, solver=solver,
-                 S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise, guidance=guidance)
+    """Fréchet distance of a model or of images against a reference, with the protocol
+    it was measured by."""
+    given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
+                 solver=solver,
+                 S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise,
+                 guidance=guidance)
     if out is not None: not_taken(check_ending(out, (".json",)), overwrite)
     if neighbours is not None: not_taken(check_ending(neighbours, (".png",)), overwrite)
     wanted = None if classes is None else parse_numbers(classes, "--classes")
     must_exist(source, "model or images", SETS)
     must_exist(ref, "reference", SETS)
     path = Path(source)
-    model = path.suffix == ".safetensors" or (path/"model.safetensors").exists() or at is not None
+    model = path.suffix == ".safetensors" or (path/"model.safetensors").is_file()
+    model = model or at is not None
     if not model:
-        only_for(context, SAMPLING + ("n", "repeats", "seed", "classes", "labels", "guide"),
+        only_for(context, SAMPLING + ("n", "repeats", "seed", "classes", "labels",
+                                      "guide"),
                  f"for a model only, and {source} is none")
     elif n*repeats + seed > 2**32:
-        raise UsageError(f"--n {n} --repeats {repeats} --seed {seed} need seeds beyond 2^32")
+        raise UsageError(f"--n {n} --repeats {repeats} --seed {seed} need seeds beyond "
+                         "2^32")
     check_features(features, weights)
     light_checks(None, given | dict(sigmas=sigmas, table_row=table_row), guide, labels)
-    from edm_nb import commands
+    from edm_nb import measuring
     sampling = as_sampling(table_row, sigmas, **given)
-    show(commands.fid(source, ref, out, sampling, n, repeats, seed, wanted, labels, guide, at,
-                      features, weights, batch, device, overwrite, timeout, kid=kid,
-                      precision=precision, neighbours=neighbours), as_json)
+    found = measuring.fid(source, ref, out, sampling, n, repeats, seed, wanted, labels,
+                          guide, at, features, weights, batch, device, overwrite,
+                          timeout, kid=kid, precision=precision, neighbours=neighbours)
+    show(found, as_json)
 
 # %% ../nbs/15_cli.ipynb #498eb816
 @app.command(epilog="Example:  edm-nb demo --out runs/demo")
 @friendly
 def demo(out:Out=Path("runs/demo"),
-         seed:option(int, "--seed", help="of the training; samples use seeds 0 to 1796")=0,
+         seed:option(int, "--seed", help="of the training; samples use seeds 0 to "
+                                         "1796")=0,
          images:option(Optional[int], "--images", min=1,
                        help="train on fewer images than the preset")=None,
-         device:option(str, "--device", help="cpu, cuda, cuda:1, mps; the CPU is fast enough")="cpu",
+         device:option(str, "--device",
+                       help="cpu, cuda, cuda:1, mps; the CPU is fast enough")="cpu",
          overwrite:Overwrite=False, timeout:Timeout=600, as_json:Json=False):
-    """Train a class-conditional model on handwritten digits, sample it and measure it: minutes
-    on a CPU."""
+    """Train a class-conditional model on handwritten digits, sample it and measure it:
+    minutes on a CPU."""
     from edm_nb import commands
     show(commands.demo(out, seed, images, device, overwrite, timeout), as_json)
 
-@app.command(epilog="Example:  edm-nb convert edm-cifar10-32x32-cond-vp.pkl --out models/c10-cond-vp")
+@app.command(epilog="Example:  edm-nb convert edm-cifar10-32x32-cond-vp.pkl --out "
+                    "models/c10-cond-vp")
 @friendly
-def convert(source:Annotated[Path, typer.Argument(help="an official .pkl file")], out:Out,
+def convert(source:Annotated[Path, typer.Argument(help="an official .pkl file")],
+            out:Out,
             overwrite:Overwrite=False, as_json:Json=False):
-    "Turn an official pickle into safetensors and JSON without running any code from it."
+    "Turn an official pickle into safetensors and JSON without running its code."
     must_exist(source, "pickle")
     not_taken(check_ending(out, (".safetensors",), folder=True), overwrite)
     from edm_nb import commands
     found = commands.convert(source, out, overwrite)
     show(found, as_json)
     if not as_json:
-        typer.echo(f"wrote {found['out']}; the weights keep the licence of their authors "
-                   "(CC BY-NC-SA 4.0)")
+        typer.echo(f"wrote {found['out']}; the weights keep the licence of their "
+                   "authors (CC BY-NC-SA 4.0)")
 
 # %% ../nbs/15_cli.ipynb #2e5a0f41
 def main():

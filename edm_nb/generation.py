@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SOLVERS', 'MOST_STEPS', 'model_at', 'model_file', 'load_model', 'known_about', 'SamplerRow', 'Sampling',
-           'require', 'check_sampling', 'check_levels', 'step_levels', 'wanted_levels', 'algorithm_2',
+           'require', 'check_sampling', 'wanted_levels', 'check_levels', 'step_levels', 'algorithm_2',
            'count_evaluations', 'seed_labels', 'check_labels', 'OfficialNoise', 'unused_draws', 'image_shape',
            'device_of', 'check_seeds', 'with_guide', 'generate', 'start']
 
@@ -21,7 +21,8 @@ from .checks import check_sigmas, state_dtype
 from .data import one_hot, to_uint8
 from .framework import LINEAR, Schedule, VE, vp_schedule
 from edm_nb.ode_solvers import (
-    count_nfe, edm_sigmas, euler, heun, iddpm_sigmas, multistep, rk2, ve_sigmas, vp_sigmas
+    count_nfe, edm_sigmas, euler, heun, iddpm_sigmas, multistep, rk2, ve_sigmas,
+    vp_sigmas
 )
 from .preconditioning import Preconditioned
 from .randomness import SeededNoise
@@ -45,13 +46,13 @@ def model_file(path:Path,             # a checkpoint file, or a run folder
         if model_at(path, at).is_file(): return model_at(path, at)
         kept = sorted(path.glob("model-*.safetensors"))
         listed = ", ".join(f"{int(p.stem[6:]):,}" for p in kept if p.stem[6:].isdigit())
-        raise ValueError(f"{path} holds no model at {at:,} images; "
-                         f"kept were: {listed or 'none'}")
+        raise ValueError(f"{path} holds no model at {at:,} images; kept were: "
+                         f"{listed or 'none'}")
     if path.is_dir() and (path/"model.safetensors").exists():
         path = path/"model.safetensors"
     if not path.exists():
-        raise ValueError(f"no model at {path}; expected a .safetensors file, "
-                         "or a run folder that holds model.safetensors")
+        raise ValueError(f"no model at {path}; expected a .safetensors file, or a run "
+                         "folder that holds model.safetensors")
     return path
 
 def load_model(path:Path,                        # a checkpoint file, or a run folder
@@ -68,7 +69,7 @@ def known_about(path:Path,        # as for `model_file`
     extra = checkpoints.read_config(model_file(path, at)).get("extra")
     return extra if isinstance(extra, dict) else {}
 
-# %% ../nbs/23_generation.ipynb #eab4d6a9
+# %% ../nbs/23_generation.ipynb #56733a3f
 class SamplerRow(NamedTuple):
     "The sampling half of a row of Table 1."
     sigmas:Callable       # n -> noise levels `[n+1]`, last is 0
@@ -127,9 +128,10 @@ class Sampling:
         changed = {name: value for name, value in asdict(self).items()
                    if value != plain[name]}
         solver = self.solver or ROWS[self.row].solver
-        return dict(row=self.row, solver=solver, steps=self.steps) | changed
+        steps = self.steps if self.levels is None else sum(x > 0 for x in self.levels)
+        return dict(row=self.row, solver=solver, steps=steps) | changed
 
-# %% ../nbs/23_generation.ipynb #8de6eaff
+# %% ../nbs/23_generation.ipynb #41adc568
 def require(value,           # a number, or not
             name:str,        # for the message
             low:float,       # smallest that can be used
@@ -138,19 +140,20 @@ def require(value,           # a number, or not
     "Refuse what is no number, or out of bounds."
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
+        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to "
+                         f"{high:g}")
 
 def check_sampling(settings:Sampling) -> None:
     "Refuse settings that no sampler can use, the first of them by name."
     if settings.row not in ROWS:
         raise ValueError(f"row is {settings.row!r}; expected one of {', '.join(ROWS)}")
     if settings.solver is not None and settings.solver not in SOLVERS:
-        raise ValueError(f"solver is {settings.solver!r}; "
-                         f"expected one of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver is {settings.solver!r}; expected one of "
+                         f"{', '.join(SOLVERS)}")
     steps = settings.steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps is {steps!r}; expected a whole number "
-                         f"from 1 to {MOST_STEPS:,}")
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps is {steps!r}; expected a whole number from 1 to "
+                         f"{MOST_STEPS:,}")
     given = [n for n in ("sigma_min", "sigma_max") if getattr(settings, n) is not None]
     for name in given: require(getattr(settings, name), name, 1e-9, 1e9)
     if given and settings.row not in ("edm", "ve"):
@@ -161,9 +164,25 @@ def check_sampling(settings:Sampling) -> None:
     require(settings.S_noise, "S_noise", 0.01, 100)
     require(settings.S_churn, "S_churn", 0, 1e6)
     require(settings.S_tmin, "S_tmin", 0, 1e9)
-    settings.churn
-    if settings.levels is None: ROWS[settings.row].sigmas(settings.steps, **settings.range())
+    settings.churn                              # checks its four numbers together
+    if settings.levels is None: wanted_levels(settings)
     else: check_levels(settings)
+
+def wanted_levels(sampling:Sampling,   # what is asked for
+                  low:float=0.0,       # smallest level that all networks know
+                  high:float=math.inf, # largest
+                 ) -> Tensor:          # float64 `[n+1]`
+    "The row's levels or the given ones; EDM's rule is applied within the range."
+    if sampling.levels is not None: return check_sigmas(sampling.levels)
+    row, n, range_ = ROWS[sampling.row], sampling.steps, sampling.range()
+    if sampling.row != "edm": return row.sigmas(n, **range_)
+    first = min(range_.get("sigma_max", 80.0), high)
+    last = max(range_.get("sigma_min", 0.002), low)
+    if not last < first and (low > 0 or high < math.inf):
+        raise ValueError(f"levels from {range_.get('sigma_min', 0.002):g} to "
+                         f"{range_.get('sigma_max', 80.0):g} are asked for, but the "
+                         f"network knows {low:g} to {high:g}")
+    return row.sigmas(n, last, first, sampling.rho)
 
 def check_levels(settings:Sampling) -> None:
     "Levels of one's own: falling, positive but for a final 0, and nothing beside them."
@@ -175,7 +194,7 @@ def check_levels(settings:Sampling) -> None:
         raise ValueError(f"levels are given, so {', '.join(clash)} would be ignored; "
                          "leave it out")
 
-# %% ../nbs/23_generation.ipynb #a49040bb
+# %% ../nbs/23_generation.ipynb #232a7ffd
 def step_levels(sampling:Sampling,         # what is asked for
                 *models:Preconditioned,    # the network, and maybe a guide
                ) -> Tensor:                # float64 `[n+1]`, decreasing, last is 0
@@ -186,34 +205,20 @@ def step_levels(sampling:Sampling,         # what is asked for
                default=math.inf)
     levels = wanted_levels(sampling, low, high)
     levels = levels[levels > 0].clamp(low, high)
-    if models and hasattr(models[0], "round_sigma"): levels = models[0].round_sigma(levels)
+    rounding = getattr(models[0], "round_sigma", None) if models else None
+    if rounding is not None: levels = rounding(levels)
     levels = torch.unique_consecutive(levels.double().cpu())
     return torch.cat([levels, levels.new_zeros(1)])
 
-def wanted_levels(sampling:Sampling,   # what is asked for
-                  low:float,           # smallest level that all networks know
-                  high:float,          # largest
-                 ) -> Tensor:          # float64 `[n+1]`
-    "The row's levels or the given ones; EDM's rule is applied within the range."
-    if sampling.levels is not None: return check_sigmas(sampling.levels)
-    row, n, range_ = ROWS[sampling.row], sampling.steps, sampling.range()
-    if sampling.row != "edm": return row.sigmas(n, **range_)
-    first = min(range_.get("sigma_max", 80.0), high)
-    last = max(range_.get("sigma_min", 0.002), low)
-    if not last < first:
-        raise ValueError(f"levels from {range_.get('sigma_min', 0.002):g} to "
-                         f"{range_.get('sigma_max', 80.0):g} are asked for, but the network "
-                         f"knows {low:g} to {high:g}")
-    return row.sigmas(n, last, first, sampling.rho)
-
-# %% ../nbs/23_generation.ipynb #e577eaeb
+# %% ../nbs/23_generation.ipynb #39825854
 def algorithm_2(sampling:Sampling,         # schedule, solver and churn
                 round_sigma:Callable|None=None,   # to the levels that the network knows
-               ) -> Callable:              # (model, noise, levels, randn_like, **cond) -> x
+               ) -> Callable:              # as `sampler` of `generate`
     "The sampler of chapter 02 with these settings."
     def draw(model, noise, levels, randn_like, **cond):
         return sample(model, noise, levels, sampling.churn, randn_like,
-                      ROWS[sampling.row].schedule, sampling.step, round_sigma=round_sigma,
+                      ROWS[sampling.row].schedule, sampling.step,
+                      round_sigma=round_sigma,
                       **cond)
     return draw
 
@@ -223,7 +228,8 @@ def count_evaluations(sampling:Sampling,            # what is asked for
                      ) -> int:                      # per image, guidance included
     "Network evaluations per image, counted on a single number."
     counter = count_nfe(lambda x, sigma: x / (1 + sigma**2))
-    model = guided(counter, counter, sampling.guidance) if sampling.guidance else counter
+    model = guided(counter, counter,
+                   sampling.guidance) if sampling.guidance else counter
     rounding = getattr(models[0], "round_sigma", None) if models else None
     one = torch.zeros(1, 1, dtype=torch.float64)
     draw = sampler or algorithm_2(sampling, rounding)
@@ -233,7 +239,8 @@ def count_evaluations(sampling:Sampling,            # what is asked for
 # %% ../nbs/23_generation.ipynb #0b336dab
 def seed_labels(noise:SeededNoise,           # the streams of a batch
                 label_dim:int,               # number of classes; 0: none
-                classes:Sequence[int]|None=None,   # seed s gets classes[s % len(classes)]
+                classes:Sequence[int]
+                |None=None,   # seed s gets classes[s % len(classes)]
                 device:str|torch.device="cpu",
                 vectors:Tensor|None=None,    # `[N, label_dim]`: seed s gets row s mod N
                ) -> Tensor|None:             # one-hot or vectors, `[B, label_dim]`
@@ -246,7 +253,8 @@ def seed_labels(noise:SeededNoise,           # the streams of a batch
         drawn = torch.tensor([classes[seed % len(classes)] for seed in noise.seeds])
     return one_hot(drawn.cpu(), label_dim).to(device)
 
-def check_labels(label_dim:int, classes:Sequence[int]|None, vectors:Tensor|None) -> None:
+def check_labels(label_dim:int, classes:Sequence[int]|None, vectors:Tensor
+                 |None) -> None:
     "Refuse labels that the network does not have."
     if classes is None and vectors is None: return
     if classes is not None and vectors is not None:
@@ -255,15 +263,16 @@ def check_labels(label_dim:int, classes:Sequence[int]|None, vectors:Tensor|None)
         raise ValueError(f"{'labels' if classes is None else 'classes'} were given, "
                          "but the model is unconditional")
     if classes is not None:
-        if not len(classes): raise ValueError("classes is empty; name one, or leave it out")
+        if not len(classes):
+            raise ValueError("classes is empty; name one, or leave it out")
         if wrong := [c for c in classes if not 0 <= c < label_dim]:
-            raise ValueError(f"there is no class {wrong[0]}; "
-                             f"the model knows 0 to {label_dim - 1}")
+            raise ValueError(f"there is no class {wrong[0]}; the model knows 0 to "
+                             f"{label_dim - 1}")
     elif vectors.ndim != 2 or vectors.shape[1] != label_dim or not len(vectors):
-        raise ValueError(f"label vectors are {list(vectors.shape)}; "
-                         f"the model takes [N, {label_dim}]")
+        raise ValueError(f"label vectors are {list(vectors.shape)}; the model takes "
+                         f"[N, {label_dim}]")
 
-# %% ../nbs/23_generation.ipynb #ff6cacdf
+# %% ../nbs/23_generation.ipynb #f286fccc
 class OfficialNoise:
     "Streams as the published script uses them: churn noise in the state's precision."
     def __init__(self, seeds:Iterable[int],      # one per image
@@ -275,7 +284,8 @@ class OfficialNoise:
     def randn(self, shape:Sequence[int], dtype:torch.dtype=torch.float32) -> Tensor:
         "Unit noise `[B, ...]`, drawn in the precision in which it is used."
         device = self.streams.device
-        rows = [torch.empty(tuple(shape[1:]), dtype=dtype, device=device).normal_(generator=g)
+        rows = [torch.empty(tuple(shape[1:]), dtype=dtype,
+                            device=device).normal_(generator=g)
                 for g in self.streams.generators]
         return torch.stack(rows)
 
@@ -294,7 +304,8 @@ def unused_draws(sampling:Sampling,       # settings
     def watched(x):
         calls.append(1)
         return torch.zeros_like(x)
-    states = sample_states(lambda x, sigma: x / (1 + sigma**2), torch.zeros(1, 1), levels,
+    states = sample_states(lambda x, sigma: x / (1 + sigma**2), torch.zeros(1, 1),
+                           levels,
                            sampling.churn, watched, ROWS[sampling.row].schedule,
                            sampling.step, round_sigma=round_sigma)
     next(states)
@@ -303,13 +314,13 @@ def unused_draws(sampling:Sampling,       # settings
         else: before += 1
     return unused
 
-# %% ../nbs/23_generation.ipynb #771e7c00
+# %% ../nbs/23_generation.ipynb #cfcdf0dc
 def image_shape(denoiser:Preconditioned) -> tuple[int, int, int]:   # C, H, W
-    "The shape of one image of this denoiser. ValueError where its network does not say."
+    "The shape of one image. ValueError where the network does not say."
     net = denoiser.net
     if not (hasattr(net, "resolution") and hasattr(net, "channels")):
-        raise ValueError(f"{type(net).__name__} has no channels and resolution; "
-                         "give the shape of an image, shape=(C, H, W)")
+        raise ValueError(f"{type(net).__name__} has no channels and resolution; give "
+                         "the shape of an image, shape=(C, H, W)")
     side = net.resolution
     square = not isinstance(side, (tuple, list))
     return (net.channels, *((side, side) if square else side))
@@ -320,7 +331,7 @@ def device_of(denoiser) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 def check_seeds(seeds:Iterable[int]) -> list[int]:
-    "All seeds, before the first image is drawn. ValueError for one that cannot be used."
+    "All seeds, before anything is drawn. ValueError for one that cannot be used."
     seeds = [int(seed) for seed in seeds]
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise ValueError(f"a seed must be an integer in [0, 2^32), got {wrong[0]}")
@@ -333,17 +344,18 @@ def with_guide(denoise:Preconditioned,         # tells shape and labels
               ) -> Callable:                   # a denoiser
     """The denoiser under guidance. A guide without labels is not told any.
     ValueError where there is nothing to be guided by."""
-    if not w:
-        if guide is not None: raise ValueError("a guide without guidance does nothing; "
-                                               "set guidance, such as 1, or leave it out")
-        return through
+    if not w and guide is not None:
+        raise ValueError("a guide without guidance does nothing; set guidance, such "
+                         "as 1, or leave it out")
+    if not w: return through
     label_dim = getattr(denoise.net, "label_dim", 0)
     if guide is None:
         if label_dim: return guided(through, without_labels(through), w)
-        raise ValueError("guidance needs a conditional model, or a weaker model as guide")
+        raise ValueError("guidance needs a conditional model, or a weaker model as "
+                         "guide")
     if image_shape(guide) != image_shape(denoise):
-        raise ValueError(f"the guide draws {image_shape(guide)}, "
-                         f"the model {image_shape(denoise)}")
+        raise ValueError(f"the guide draws {image_shape(guide)}, the model "
+                         f"{image_shape(denoise)}")
     theirs = getattr(guide.net, "label_dim", 0)
     if theirs not in (0, label_dim):
         raise ValueError(f"the guide knows {theirs} classes, the model {label_dim}")
@@ -355,7 +367,8 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
              seeds:Iterable[int],              # one image each
              sampling:Sampling=Sampling(),     # levels, solver, churn, guidance
              classes:Sequence[int]|None=None,  # seed s gets classes[s % len(classes)]
-             vectors:Tensor|None=None,         # label vectors `[N, K]` instead of classes
+             vectors:Tensor
+             |None=None,         # label vectors `[N, K]` instead of classes
              guide:Preconditioned|None=None,   # weaker model; None: without the label
              batch:int=64,                     # images at a time, see below
              as_bytes:bool=True,               # False: float32, for latents
@@ -364,9 +377,12 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
              progress:bool=False,              # a bar, on the first process
              through:Callable|None=None,       # called for `denoise`: compiled, counted
              sampler:Callable|None=None,       # replaces Algorithm 2
-             shape:tuple|None=None,            # of an image, if the network does not say
-             noise_on:str|torch.device="cpu",  # where noise is drawn; CPU: same everywhere
-            ) -> Iterator[tuple[list[int], Tensor, Tensor|None]]:   # seeds, images, labels
+             shape:tuple
+             |None=None,            # of an image, if the network does not say
+             noise_on:str
+             |torch.device="cpu",  # where noise is drawn; CPU: same everywhere
+            ) -> Iterator[tuple[list[int], Tensor, Tensor
+                                |None]]:   # seeds, images, labels
     """Images by seed, a batch at a time: `[b, C, H, W]` on the CPU, labels `[b, K]`.
     The batch does not change an image beyond rounding. A `sampler` is called as
     `sampler(model, noise, levels, randn_like, **cond)`.
@@ -380,7 +396,8 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
     levels = step_levels(sampling, *([denoise] if guide is None else [denoise, guide]))
     rounding = getattr(denoise, "round_sigma", None)
     draw, mine = sampler or algorithm_2(sampling, rounding), seeds[rank::world]
-    unused = unused_draws(sampling, levels, rounding) if official and not sampler else []
+    unused = unused_draws(sampling, levels,
+                          rounding) if official and not sampler else []
     hidden = not progress or rank > 0
     with tqdm(total=len(mine), unit="img", disable=hidden, desc="sampling") as bar:
         for part in (mine[i:i+batch] for i in range(0, len(mine), batch)):
@@ -391,7 +408,8 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
             yield part, (to_uint8(x) if as_bytes else x.float()).cpu(), labels
             bar.update(len(part))
 
-def start(seeds, label_dim, shape, classes, vectors, device, noise_on, official, unused):
+def start(seeds, label_dim, shape, classes, vectors, device, noise_on, official,
+          unused):
     "First noise, labels and the source of churn noise for one batch, in their order."
     if official:
         streams = OfficialNoise(seeds, device, unused)

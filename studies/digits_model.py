@@ -15,10 +15,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from record import RESULTS, cpu_name, now, versions  # noqa: E402
 
 from edm_nb import checkpoints
-from edm_nb.data import digits, one_hot, to_uint8
+from edm_nb.data import digits
 from edm_nb.figures import save_png
 from edm_nb.features import feature_stats, pixels, stats_distance
-from edm_nb.ode_solvers import edm_sigmas, sample_ode
+from edm_nb.generation import generate, Sampling
 from edm_nb.configs import PRESETS, table_1_rows
 from edm_nb.updates import ema_denoiser
 from edm_nb.folders import sample_grid
@@ -28,11 +28,9 @@ from edm_nb.runs import train
 def pixel_distance(denoiser, seed=0, steps=18):
     "Fréchet distance in pixel space of as many samples as there are digits, with the digits' own labels."
     data = digits()
-    noise = torch.randn(data.images.shape, generator=torch.Generator().manual_seed(seed))
-    low, high = max(0.002, denoiser.sigma_min), min(80.0, denoiser.sigma_max)
-    with torch.no_grad():
-        x = sample_ode(denoiser, noise, edm_sigmas(steps, low, high), class_labels=one_hot(data.labels, 10)).float()
-    real, fake = (feature_stats(images, pixels()) for images in (data.images, to_uint8(x)))
+    drawn = generate(denoiser, range(seed, seed + len(data)), Sampling(steps), data.labels.roll(seed).tolist())
+    x = torch.cat([images for _, images, _ in drawn])
+    real, fake = (feature_stats(images, pixels()) for images in (data.images, x))
     return stats_distance(real, fake)
 
 

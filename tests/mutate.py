@@ -52,6 +52,7 @@ GROUPS = {
     "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp or guidance"),
     "metrics": (["tests/test_metrics.py"], "closed_form or hand or factors or needs_no_qr or determinant or accepted or sum_of_singular or triangle or "
                                            "noise_on_a_thin or any_split or covariance or merge_is or published_rule or recovers_a_line or kid_ or shares"),
+    "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
 }
 
 MUTATIONS = [
@@ -140,6 +141,12 @@ MUTATIONS = [
     Mutation("KID unbiased", "metrics", "saa/(n*(n - 1)) + sbb", "saa/(n*n) + sbb", "metrics"),
     Mutation("KID jackknife", "metrics", "(k - 1)/k*(w - w.mean())", "(w - w.mean())", "metrics"),
     Mutation("bias in 1/n", "metrics", "    x = 1/n\n    if len(x)", "    x = n**-0.5\n    if len(x)", "metrics"),
+    # images by seed
+    Mutation("levels before the loop", "generation", "if rounding is not None: levels = rounding(levels)", "", "generation"),
+    Mutation("levels within the range", "generation", "levels[levels > 0].clamp(low, high)", "levels[levels > 0].clamp(low)", "generation"),
+    Mutation("draws of steps without churn", "generation", "for _ in range(skipped): self.randn", "for _ in range(0): self.randn", "generation"),
+    Mutation("a guide without labels", "generation", "guide if theirs else without_labels(guide)", "guide", "generation"),
+    Mutation("guidance is counted", "generation", "guided(counter, counter, sampling.guidance)", "guided(counter, lambda x, sigma: x, sampling.guidance)", "generation"),
 ]
 
 

@@ -14,7 +14,7 @@ import typer
 from patience import PATIENCE, wait_for
 from typer.testing import CliRunner
 
-from edm_nb import checkpoints, cli, commands, generation
+from edm_nb import checkpoints, cli, commands, generation, measuring
 from edm_nb.data import digits, load_images, write_zip
 from edm_nb.features import feature_stats, pixels
 from edm_nb.frechet import frechet_distance
@@ -468,8 +468,8 @@ def test_kept_models_are_sampled_and_measured_by_name(tmp_path):
 
 
 def test_features_follow_the_shape():
-    assert commands.feature_network(None, (3, 32, 32)).name == "cifar-features"
-    assert commands.feature_network(None, (3, 16, 16)).name == "pixels-3x16x16"
+    assert measuring.feature_network(None, (3, 32, 32)).name == "cifar-features"
+    assert measuring.feature_network(None, (3, 16, 16)).name == "pixels-3x16x16"
 
 
 def test_latents_stay_numbers(tmp_path):
@@ -543,6 +543,6 @@ def test_rectangles_by_command(tmp_path):
 
 def test_distances_of_float_pictures_are_measured_with_a_warning():
     for channels in (1, 3):
-        with pytest.warns(UserWarning, match="become bytes"): commands.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
-    with pytest.raises(ValueError, match="float data of 4 channels"): commands.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
-    commands.check_bytes({}, "run")
+        with pytest.warns(UserWarning, match="become bytes"): measuring.check_bytes(dict(data=dict(dtype="float32", shape=[channels, 8, 8])), "run")
+    with pytest.raises(ValueError, match="float data of 4 channels"): measuring.check_bytes(dict(data=dict(dtype="float32", shape=[4, 8, 8])), "run")
+    measuring.check_bytes({}, "run")

@@ -207,25 +207,44 @@ def test_a_network_that_does_not_say_its_size_is_asked_for_it():
 
 # --- nobody else draws by seed ----------------------------------------------------------------------------------------
 
-ALLOWED = {   # where batches of streams are made for another purpose than images by seed
+DRAWS = {"sample", "sample_ode", "sample_sde", "sample_states", "ode_states", "rk45", "SeededNoise"}
+OTHERS = {   # file: for what it calls a sampler or makes streams itself; everything that is not here calls `generate`
     "edm_nb/generation.py": "this function",
-    "benchmarks/stochastic.py": "times the noise itself",
+    "edm_nb/widgets.py": "pictures of paths, not images by seed",
+    "benchmarks/explorer.py": "numbers of the explorer's pages",
+    "benchmarks/gpu_report.py": "correctness and speed of the samplers; Langevin iterations from real images",
+    "benchmarks/samplers.py": "times the samplers",
+    "benchmarks/stochastic.py": "times the samplers and the noise",
+    "studies/churn.py": "Langevin iterations from real images; Euler-Maruyama with the same streams",
+    "studies/ladder.py": "its noise is one tensor, so that all rows of a seed share it",
+    "studies/precond_study.py": "vectors, not images",
+    "studies/solver_study.py": "truncation errors against a fine solution from the same noise; adaptive solver",
 }
-SAMPLERS = {"sample", "sample_ode", "sample_sde", "rk45"}
+
+
+def drawing_calls(tree):
+    "Calls by name of what `DRAWS` lists; `commands.sample` is the command of that name."
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", getattr(n.func, "attr", "")) in DRAWS
+            and ast.unparse(n.func) != "commands.sample"]
 
 
 def scripts():
-    "All code that people import or start, but for the two chapters that define samplers."
+    "All code that people import or start, but for the rooms that define samplers and streams."
     for folder in ("edm_nb", "benchmarks", "studies"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
-            if name not in ("edm_nb/stochastic.py", "edm_nb/ode_solvers.py", "edm_nb/randomness.py", "edm_nb/_modidx.py"):
+            if name not in ("edm_nb/stochastic.py", "edm_nb/ode_solvers.py", "edm_nb/randomness.py", "edm_nb/_modidx.py", "edm_nb/framework.py"):
                 yield name, ast.parse(path.read_text(encoding="utf-8"))
 
 
+def test_nobody_else_draws_images_by_seed():
+    "A second loop over seeds is where a wrong sampler would live; a new caller of a sampler has to say why."
+    found = {name for name, tree in scripts() if drawing_calls(tree)}
+    assert found <= set(OTHERS), sorted(found - set(OTHERS))
+
+
 def test_the_callers_of_generate_are_known():
-    "Commands, grids of a run, measurements: they call the one function."
-    for name, wanted in {"edm_nb/runs.py": 1}.items():
-        tree = dict(scripts())[name]
-        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "generate"]
-        assert len(calls) >= wanted, name
+    "Commands, grids of a run, models of the studies, the GPU report: they call the one function; `measure` is handed it."
+    callers = {name for name, tree in scripts() for n in ast.walk(tree) if isinstance(n, ast.Call)
+               and "generate" in (getattr(n.func, "id", ""), *(getattr(a, "id", "") for a in n.args))}
+    assert {"edm_nb/commands.py", "edm_nb/measuring.py", "edm_nb/folders.py", "benchmarks/gpu_report.py", "studies/digits_model.py"} <= callers, callers
