@@ -103,7 +103,7 @@ MUTATIONS = [
     Mutation("range of VP", "preconditioning", "float(vp.sigma(1e-5))", "float(vp.sigma(1e-3))", "row"),
     Mutation("c_noise of VE", "preconditioning", "(sigma / 2).log()", "sigma.log()", "row"),
     Mutation("c_noise of iDDPM", "preconditioning", "(levels.shape[0] - 2 - j)", "(levels.shape[0] - 1 - j)", "row"),
-    Mutation("own levels", "preconditioning", "else dict(levels=self.levels)", "else {}", "row"),
+    Mutation("own levels", "preconditioning", "levels = iddpm_levels(M, C_1, C_2) if levels is None else levels\n    j =", "levels = iddpm_levels(M, C_1, C_2)\n    j =", "row"),
     Mutation("sign of v", "preconditioning", "return c_in**2, -sigma * c_in", "return c_in**2, sigma * c_in", "row"),
     Mutation("c_in of flow", "preconditioning", "c_in = 1 / (1 + sigma)", "c_in = 1 / (1 + sigma**2)", "row"),
     Mutation("schedule of flow", "preconditioning", "sigma_deriv=lambda t: 1 / (1 - as_time(t))**2",
