@@ -305,6 +305,10 @@ PRESETS = {
         save_every=1_024,
         network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1),
         expected=dict(hardware="1 CPU core", minutes=0.1, memory_gib=0.4)),
+    "demo": dataclasses.replace(
+        DIGITS, images=130_000, batch=64, log_every=10_000, grid_every=20_000,
+        network=dict(arch="tiny", model_channels=32, channel_mult=[1, 2], num_blocks=1),
+        expected=dict(hardware="2 CPU cores", minutes=1.5, memory_gib=0.9)),
     **{f"cifar10-{c}-{a}": cifar10_ladder(a, c == "cond")["F"]
        for c in ("cond", "uncond") for a in ("ddpmpp", "ncsnpp")},
     "cifar10-baseline": cifar10_ladder()["A"],

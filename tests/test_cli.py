@@ -380,7 +380,7 @@ def test_a_finished_run_is_reported_and_left_alone(tmp_path):
 
 
 def test_demo_goes_on_where_its_training_is_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "PRESETS", dict(commands.PRESETS, digits=commands.PRESETS["toy"]))
+    monkeypatch.setattr(commands, "PRESETS", dict(commands.PRESETS, demo=dataclasses.replace(commands.PRESETS["toy"], log_every=64, grid_every=64)))
     small = digits().take(slice(0, 100))
     monkeypatch.setattr(commands, "load_data", lambda config: small)
     results = []
@@ -388,6 +388,8 @@ def test_demo_goes_on_where_its_training_is_finished(tmp_path, monkeypatch):
         done = edm_nb("demo", "--out", tmp_path / "demo", "--images", 128)
         assert done.exit_code == 0, done.output
         results.append(json.loads((tmp_path / "demo/demo.json").read_text()))
+        assert "a picture every 64 images" in done.output
+    assert len(list((tmp_path / "demo/samples").glob("*.png"))) == 2                # while it trains
     assert "already finished: 128 images" in done.output
     assert all(results[0][key] == results[1][key] for key in ("distance", "loss", "images_seen", "train_seconds"))
     assert edm_nb("demo", "--out", tmp_path / "demo", "--images", 128, "--overwrite").exit_code == 0
