@@ -112,8 +112,8 @@ def hand_over(record, before, claims):
 
 
 def left_behind(claims, notebooks):
-    "A hash of what the last pages read: all verdicts and all executed chapters."
-    files = sorted(claims.glob("*.json")) + sorted(path for path in notebooks.glob("*.ipynb") if path.name not in LAST)
+    "A hash of what the last pages read: all verdicts, all executed chapters, how long they took."
+    files = sorted((ROOT / "results").glob("running_times.json")) + sorted(claims.glob("*.json")) + sorted(path for path in notebooks.glob("*.ipynb") if path.name not in LAST)
     return hashlib.sha256(json.dumps([(file.name, file.read_text(encoding="utf-8")) for file in files]).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 # What notebooks may read beside their own cells. A whole folder counts, but for what the notebooks themselves leave there.
 READ = ("edm_nb", "results", "studies", "benchmarks", "book/execute.py", "settings.ini")
-SKIP = ("__pycache__", "results/claims")
+SKIP = ("__pycache__", "results/claims", "results/running_times.json")
 NOT_READ = ("EDM_NB_EXECUTED", "EDM_NB_CLAIMS", "EDM_NB_NOTEBOOKS", "EDM_NB_CACHE")
 
 
@@ -36,7 +36,7 @@ def contents(top, root):
     "Name and hash of every file at or below a path."
     for path in [top] if top.is_file() else sorted(top.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_file() and path.suffix not in (".pyc", ".tmp") and not any(f"/{skip}/" in f"/{name}" for skip in SKIP):
+        if path.is_file() and path.suffix not in (".pyc", ".tmp") and not any(f"/{skip}/" in f"/{name}/" for skip in SKIP):
             yield name, file_hash(path)
 
 

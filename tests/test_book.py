@@ -155,8 +155,9 @@ def test_whatever_an_execution_may_read_is_in_the_hash(tmp_path):
     environ = dict(EDM_NB_CIFAR10=str(tmp_path / "data/train.zip"), EDM_NB_OTHER=str(tmp_path / "folder"), EDM_NB_CACHE=str(tmp_path / "cache"))
     around = fresh.surroundings(tmp_path, environ)
     assert around == fresh.surroundings(tmp_path, dict(environ, HOME="/elsewhere", EDM_NB_EXECUTED="_build"))
-    for name in ("nbs/one.ipynb", "README.md", "data/other.zip"):
-        (tmp_path / name).write_text("others")
+    for name in ("nbs/one.ipynb", "README.md", "data/other.zip", "results/claims/C01-exact.json", "results/running_times.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("others")                         # what executions themselves leave counts for the last pages only
     (tmp_path / "edm_nb/__pycache__").mkdir()
     (tmp_path / "edm_nb/__pycache__/a.pyc").write_text("compiled")
     assert around == fresh.surroundings(tmp_path, environ)
