@@ -190,8 +190,9 @@ def read_member(archive:zipfile.ZipFile,  # open archive
                         f"not read ({error}); pack the images anew with plain deflate, "
                         "or give the unpacked folder") from None
     except UNREADABLE as error:
-        raise DataError(f"{path}: cannot read {info.filename} ({error}); the zip is "
-                        "damaged, encrypted or truncated") from None
+        raise DataError(f"{path}: cannot read {info.filename} ({str(error)[:100]}); "
+                        "the "
+                        "zip is damaged, encrypted or truncated") from None
 
 # %% ../nbs/38_archives.ipynb #23c170e8
 def check_zip(path:Path,        # for messages
@@ -214,6 +215,7 @@ def check_zip(path:Path,        # for messages
 
 def no_zip(path:Path,          # a file that should be a zip
            error="",           # what the reader said
+           wanted:str="an EDM-format zip or a folder of images",
           ) -> str:            # message
     "What a file is instead of a zip, and what to do about it."
     with open(path, "rb") as file: head = file.read(64).lstrip()
@@ -233,10 +235,10 @@ def no_zip(path:Path,          # a file that should be a zip
                                         "git lfs pull",
             }.items():
         if head.startswith(magic):
-            return f"{path}: expected an EDM-format zip, but this is {what}"
-    why = f" ({error})" if str(error) else ""
-    return (f"{path}: not a readable zip file{why}; it may be truncated; expected an "
-            "EDM-format zip, or a folder of images")
+            return f"{path}: expected {wanted}, but this is {what}"
+    why = f" ({str(error)[:100]})" if str(error) else ""
+    return (f"{path}: not a readable zip file{why}; it may be truncated; expected "
+            f"{wanted}")
 
 # %% ../nbs/38_archives.ipynb #3f86f733
 def files_in(path:Path,         # folder

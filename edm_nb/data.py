@@ -436,7 +436,7 @@ def load_npz(path:Path,        # with `images` (or one unnamed), `labels`, `layo
 
     Raises `DataError`, also where the layout is neither stated nor plain.
     """
-    if not zipfile.is_zipfile(path): raise DataError(no_zip(path))
+    if not zipfile.is_zipfile(path): raise DataError(no_zip(path, wanted="an npz"))
     most = 2**28 + 100 * path.stat().st_size
     arrays = read_npz(path, ("images", "labels", "layout"), most)
     if "images" not in arrays:                     # as guided diffusion writes them

@@ -7,16 +7,21 @@ __all__ = ['NOT_OFFERED', 'DataError', 'usual_mode', 'flush', 'sync_folder', 'wr
            'read_npz']
 
 # %% ../nbs/17_files.ipynb #1db3cadb
-import errno, hashlib, os, tempfile, tokenize, zipfile, zlib
+import errno, hashlib, os, struct, tempfile, tokenize, zipfile, zlib
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 
 # %% ../nbs/17_files.ipynb #eec22efb
 class DataError(ValueError):
-    """What is wrong with the data, in one line that names the file; the command line
-    turns it into exit code 2.
+    """What is wrong with the data, in one line that names the file.
+
+    The command line turns it into exit code 2. Names come from strangers, so characters
+    that would break the line or steer a terminal are spelled out.
     """
+    def __init__(self, message:str=""):
+        spelled = (c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+        super().__init__("".join(spelled))
 
 # %% ../nbs/17_files.ipynb #16d6d52a
 # what a file system answers when it does not offer an operation at all
@@ -142,7 +147,7 @@ def read_npz(path:str|Path,       # an `.npz` file
                 with archive.open(info) as file: found[name] = read_array(file, most)
                 most -= found[name].nbytes
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, SyntaxError,
-            TypeError, MemoryError, NotImplementedError, RuntimeError, OverflowError,
+            TypeError, MemoryError, RuntimeError, OSError, OverflowError, struct.error,
             tokenize.TokenError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise DataError(f"{path} is not a readable npz file ({reason})") from error

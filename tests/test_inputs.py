@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import struct
@@ -338,6 +339,13 @@ def test_other_kinds_of_file_are_called_by_their_name(tmp_path, name, content, m
     refuse(tmp_path/name, match)
 
 
+def test_names_of_strangers_stay_in_their_line(tmp_path):
+    "A name with a newline and a terminal escape is spelled out; é stays é."
+    for name in ("é\n\x1b[31m.png", "é\n\x1b[31m/a.png"):
+        said = refuse(zipped(tmp_path/"set.zip", {name: b"junk", "z/b.png": picture(1)}), r"é\\n\\x1b")
+        assert said.isprintable()
+
+
 # ---- labels ------------------------------------------------------------------------------------------------------------
 
 def test_vector_labels_of_any_length(tmp_path):
@@ -614,3 +622,50 @@ try: bytearray(400 * 2**20); print("taken")
 except MemoryError: print("refused")
 """
     assert resource.RLIMIT_DATA and subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "refused\n"
+
+
+# ---- damage of every kind ----------------------------------------------------------------------------------------------
+
+def damaged(content, rng):
+    "Bits flipped, bytes replaced, cut out or put in."
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        at = rng.randrange(len(content))
+        what = rng.randrange(4)
+        if what == 0: content[at] ^= 1 << rng.randrange(8)
+        elif what == 1: content[at] = rng.choice([0, 1, 127, 128, 255])
+        elif what == 2: del content[at:at + rng.choice([1, 4, 20])]
+        else: content[at:at] = bytes(rng.randrange(256) for _ in range(8))
+    return bytes(content)
+
+
+def sound_files():
+    tag = Image.Exif()
+    tag[0x112] = 6
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, images=np.zeros((4, 3, 8, 8), np.uint8), labels=np.arange(4), layout="NCHW")
+    one = noise(1)
+    yield "a.npz", arrays.getvalue()
+    yield "dataset.json", b'{"labels": [["a.png", 0]], "class_names": ["x"]}'
+    for name, content in (("a.png", saved(one, exif=tag)), ("b.png", saved(palette())), ("c.jpg", saved(one, "JPEG", exif=tag)), ("d.webp", saved(one, "WEBP", lossless=True, exif=tag)),
+                          ("e.tif", saved(one, "TIFF", exif=tag)), ("f.tif", saved(one, "TIFF", compression="tiff_lzw")), ("g.gif", saved(palette(), "GIF")),
+                          ("h.ppm", saved(one, "PPM")), ("i.bmp", saved(one, "BMP"))):
+        yield name, content
+
+
+@pytest.mark.parametrize("name, content", sound_files(), ids=[name for name, _ in sound_files()])
+@pytest.mark.filterwarnings("ignore")
+def test_damage_ends_in_one_line(tmp_path, name, content):
+    "Forty damaged files of every kind: refused in one line that can be printed, or read; never another exception."
+    rng = random.Random(name)
+    refused = 0
+    for _ in range(40):
+        bad = damaged(content, rng)
+        if name.endswith("npz"): (path := tmp_path/"set.npz").write_bytes(bad)
+        elif name.endswith("json"): path = zipped(tmp_path/"set.zip", {"a.png": picture(1), name: bad})
+        else: path = zipped(tmp_path/"set.zip", {name: bad})
+        try: load_images(path, cache=False)
+        except DataError as error:
+            refused += 1
+            assert str(error).isprintable() and len(str(error)) < 700
+    assert refused > 3
