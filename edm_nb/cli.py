@@ -6,7 +6,7 @@
 __all__ = ['MENDABLE', 'BY_NAME', 'MOST_NUMBERS', 'SOLVERS', 'ROWS', 'SETS', 'FEATURES', 'app', 'Out', 'MaybeOut', 'Overwrite',
            'Json', 'Timeout', 'Labels', 'At', 'Device', 'Batch', 'Classes', 'TableRow', 'Sigmas', 'Steps', 'SigmaMin',
            'SigmaMax', 'Rho', 'Solver', 'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'Official',
-           'FeatureName', 'Weights', 'SAMPLING', 'UsageError', 'polite_sigterm', 'plain_warnings', 'one_line',
+           'FeatureName', 'Weights', 'SAMPLING', 'CHURN', 'UsageError', 'polite_sigterm', 'plain_warnings', 'one_line',
            'explain', 'friendly', 'parse_numbers', 'check_ending', 'not_taken', 'free_name', 'check_choice',
            'must_exist', 'only_for', 'show_version', 'every_command', 'option', 'light_checks', 'check_features',
            'as_sampling', 'show', 'finite', 'train', 'presets', 'suggest', 'sample', 'stats', 'fid', 'demo', 'convert',
@@ -51,7 +51,7 @@ def one_line(text) -> str:
     "Any text on one line, without what could command a terminal."
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
-# %% ../nbs/15_cli.ipynb #d9e1c9b2
+# %% ../nbs/15_cli.ipynb #f61d65c3
 MENDABLE = (ValueError, OSError, ImportError, EOFError, MemoryError, ArithmeticError,
             RecursionError)
 BY_NAME = ("SafetensorError", "BadZipFile", "TrainingDiverged", "FolderBusy",
@@ -101,7 +101,7 @@ def friendly(command):
             raise typer.Exit(1) from error
     return run
 
-# %% ../nbs/15_cli.ipynb #ea6e0cb8
+# %% ../nbs/15_cli.ipynb #1d39af00
 MOST_NUMBERS = 10_000_000
 
 def parse_numbers(text:str,             # such as "0-63,100"
@@ -253,9 +253,10 @@ FeatureName = option(Optional[str], "--features",
 Weights = option(Optional[Path], "--weights",
                  help="a local file of the Inception weights; default: download")
 
-# %% ../nbs/15_cli.ipynb #3181250e
+# %% ../nbs/15_cli.ipynb #3be134c7
 SAMPLING = ("steps", "sigma_min", "sigma_max", "rho", "solver", "S_churn", "S_tmin",
             "S_tmax", "S_noise", "guidance", "table_row", "sigmas")
+CHURN = ("S_tmin", "S_tmax", "S_noise")        # of no use alone
 
 def light_checks(model:Path|None,          # that has to exist
                  sampling:dict,            # values of the options named in SAMPLING
@@ -382,31 +383,29 @@ def suggest(images:Annotated[str, typer.Argument(
 @app.command(epilog="Example:  edm-nb sample runs/digits --seeds 0-99 --classes 0-9 "
                     "--out grid.png")
 @friendly
-def sample(model:Annotated[Path, typer.Argument(help="a checkpoint or a run folder")],
+def sample(context:typer.Context,
+           model:Annotated[Path, typer.Argument(help="a checkpoint or a run folder")],
            out:MaybeOut=None,
-           seeds:option(str, "--seeds", "--seed",
-                        help="which images: numbers and ranges such as "
-                             "0-63,100")="0-63",
-           classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=None,
-           sigma_max:SigmaMax=None,
-           rho:Rho=7.0, solver:Solver=None, table_row:TableRow="edm",
-           sigmas:Sigmas=None,
+           seeds:option(str, "--seeds", "--seed", help="which images: numbers and "
+                        "ranges such as 0-63,100")="0-63",
+           classes:Classes=None, labels:Labels=None, steps:Steps=18,
+           sigma_min:SigmaMin=None, sigma_max:SigmaMax=None, rho:Rho=7.0,
+           solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
            S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf,
-           S_noise:SNoise=1.0,
-           guidance:Guidance=0.0, guide:Guide=None, labels:Labels=None, at:At=None,
+           S_noise:SNoise=1.0, guidance:Guidance=0.0, guide:Guide=None, at:At=None,
            official:Official=False, batch:Batch=64, device:Device=None,
-           overwrite:Overwrite=False,
-           timeout:Timeout=600, as_json:Json=False):
+           overwrite:Overwrite=False, timeout:Timeout=600, as_json:Json=False):
     """Draw images by seed: a folder of PNGs, one .png sheet, an .npz or a .zip.
     The image of a seed is always the same."""
     given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
-                 solver=solver,
-                 S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise,
-                 guidance=guidance)
+                 solver=solver, S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax,
+                 S_noise=S_noise, guidance=guidance)
     numbers = parse_numbers(seeds)
     wanted = None if classes is None else parse_numbers(classes, "--classes")
-    out = free_name(model, ".png") if out is None else not_taken(
-        check_ending(out, (".png", ".npz", ".zip"), folder=True), overwrite)
+    forms = (".png", ".npz", ".zip")
+    if out is None: out = free_name(model, ".png")
+    else: not_taken(check_ending(out, forms, folder=True), overwrite)
+    if not S_churn: only_for(context, CHURN, "does nothing while --S-churn is 0")
     light_checks(model, given | dict(sigmas=sigmas, table_row=table_row), guide, labels)
     from edm_nb import commands
     sampling = as_sampling(table_row, sigmas, **given)
@@ -451,11 +450,12 @@ def fid(context:typer.Context,
                        help="ranges of seeds, for a model")=3,
         seed:option(int, "--seed", min=0, max=2**32 - 1,
                     help="first seed, for a model")=0,
-        classes:Classes=None, steps:Steps=18, sigma_min:SigmaMin=None,
-        sigma_max:SigmaMax=None,
-        rho:Rho=7.0, solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
-        S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf, S_noise:SNoise=1.0,
-        guidance:Guidance=0.0, guide:Guide=None, labels:Labels=None, at:At=None,
+        classes:Classes=None, labels:Labels=None, steps:Steps=18,
+        sigma_min:SigmaMin=None, sigma_max:SigmaMax=None, rho:Rho=7.0,
+        solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
+        S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf,
+        S_noise:SNoise=1.0, guidance:Guidance=0.0, guide:Guide=None, at:At=None,
+        official:Official=False,
         kid:option(bool, "--kid", help="the kernel distance as well")=False,
         precision:option(bool, "--precision",
                          help="precision and recall as well")=False,
@@ -463,14 +463,12 @@ def fid(context:typer.Context,
                           help="a .png sheet of eight images and their nearest "
                                "references")=None,
         batch:Batch=256, device:Device=None, overwrite:Overwrite=False,
-        timeout:Timeout=600,
-        as_json:Json=False):
+        timeout:Timeout=600, as_json:Json=False):
     """Fréchet distance of a model or of images against a reference, with the protocol
     it was measured by."""
     given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
-                 solver=solver,
-                 S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise,
-                 guidance=guidance)
+                 solver=solver, S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax,
+                 S_noise=S_noise, guidance=guidance)
     if out is not None: not_taken(check_ending(out, (".json",)), overwrite)
     if neighbours is not None: not_taken(check_ending(neighbours, (".png",)), overwrite)
     wanted = None if classes is None else parse_numbers(classes, "--classes")
@@ -480,19 +478,21 @@ def fid(context:typer.Context,
     model = path.suffix == ".safetensors" or (path/"model.safetensors").is_file()
     model = model or at is not None
     if not model:
-        only_for(context, SAMPLING + ("n", "repeats", "seed", "classes", "labels",
-                                      "guide"),
+        of_models = ("n", "repeats", "seed", "classes", "labels", "guide", "official")
+        only_for(context, SAMPLING + of_models,
                  f"for a model only, and {source} is none")
     elif n*repeats + seed > 2**32:
         raise UsageError(f"--n {n} --repeats {repeats} --seed {seed} need seeds beyond "
                          "2^32")
     check_features(features, weights)
+    if not S_churn: only_for(context, CHURN, "does nothing while --S-churn is 0")
     light_checks(None, given | dict(sigmas=sigmas, table_row=table_row), guide, labels)
     from edm_nb import measuring
     sampling = as_sampling(table_row, sigmas, **given)
     found = measuring.fid(source, ref, out, sampling, n, repeats, seed, wanted, labels,
                           guide, at, features, weights, batch, device, overwrite,
-                          timeout, kid=kid, precision=precision, neighbours=neighbours)
+                          timeout, official, kid=kid, precision=precision,
+                          neighbours=neighbours)
     show(found, as_json)
 
 # %% ../nbs/15_cli.ipynb #498eb816

@@ -9,9 +9,9 @@ __all__ = ['MOST_BATCH', 'NAMED_SETS', 'FORMS', 'say', 'collect', 'write_json', 
            'read_array', 'read_levels', 'label_vectors', 'warn_guidance', 'write_images', 'models_of', 'plan', 'sample',
            'check_channels', 'write_parts', 'halves_distance', 'demo_samples', 'demo_result', 'demo', 'convert']
 
-# %% ../nbs/35_commands.ipynb #1c455cd9
-import contextlib, functools, json, math, numpy as np, re, resource, shutil, sys
-import tempfile, time, torch, torch.distributed as dist, warnings
+# %% ../nbs/35_commands.ipynb #dccadff9
+import contextlib, functools, json, math, numpy as np, os, re, resource, shutil, sys
+import time, torch, torch.distributed as dist, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from edm_nb.runs import (
     choose, join_team, load_data, on_first, pick_device, Team, train as run_training
 )
 
-# %% ../nbs/35_commands.ipynb #4bc13d76
+# %% ../nbs/35_commands.ipynb #c40d506a
 def say(team:Team, text:str) -> None:
     "Print a line once, whatever the number of processes."
     if team.rank == 0: print(text, file=sys.stderr, flush=True)
@@ -50,7 +50,7 @@ def write_json(path:Path, value) -> Path:   # the path
     def write(file): file.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     return write_atomic(Path(path), write)
 
-# %% ../nbs/35_commands.ipynb #54182546
+# %% ../nbs/35_commands.ipynb #a613bfbc
 def free_path(path:Path,             # where the output shall go
               overwrite:bool=False,  # may an existing one be replaced?
              ) -> Path:              # the path
@@ -74,7 +74,9 @@ def free_folder(out:Path,              # of pictures
     if strange := [p.name for p in out.iterdir() if not ours.fullmatch(p.name)]:
         raise ValueError(f"{out} holds {strange[0]}, which sample did not write; "
                          "choose another --out")
-    return Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    place = out.parent/f".{out.name}-{os.getpid()}"
+    place.mkdir()
+    return place
 
 @contextlib.contextmanager
 def image_folder(team:Team, out:Path, overwrite:bool=False) -> Iterator[Path]:
@@ -87,7 +89,7 @@ def image_folder(team:Team, out:Path, overwrite:bool=False) -> Iterator[Path]:
         if place != out: shutil.rmtree(place, ignore_errors=True)
         raise
 
-# %% ../nbs/35_commands.ipynb #00aef83a
+# %% ../nbs/35_commands.ipynb #52374a18
 def read_config(preset:str,        # a name of PRESETS, or the path of a JSON file
                ) -> TrainConfig:
     "A configuration by name or from a file."
@@ -143,7 +145,7 @@ def with_sigma_data(config:TrainConfig,   # to start from
                              "auto to measure it")
     return replace(config, precond=config.precond | {"sigma_data": value})
 
-# %% ../nbs/35_commands.ipynb #8af586b2
+# %% ../nbs/35_commands.ipynb #13cf0925
 def describe(config:TrainConfig) -> str:   # one line
     "What a run will cost, as far as it was measured before."
     known = ", ".join(f"{key} {value}" for key, value in config.expected.items())
@@ -175,7 +177,7 @@ def last_record(out:Path) -> dict:   # images, seconds, and what else the log sa
     return (records[-1] if records else {"seconds": None,
                                          "loss": None}) | {"images": seen}
 
-# %% ../nbs/35_commands.ipynb #91704627
+# %% ../nbs/35_commands.ipynb #c7dadd09
 def peak_memory(device:torch.device) -> float:   # GiB
     "The most memory that this process has used so far: of the GPU, or of the machine."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
@@ -255,7 +257,7 @@ def lengthen(config:TrainConfig,   # of a preset or a file
     config = replace(config, **given)
     return config if images is None else with_length(config, images, folder)
 
-# %% ../nbs/35_commands.ipynb #99a99750
+# %% ../nbs/35_commands.ipynb #728d6c76
 NAMED_SETS = {"digits": digits, "cifar10": cifar10,
               "cifar10-test": functools.partial(cifar10, "test")}
 
@@ -296,7 +298,7 @@ def suggest(source:str) -> dict:   # fields of `Suggestion`
                            generator=torch.Generator().manual_seed(0))[:4_000]
     return asdict(suggest_settings(data.images[order]))
 
-# %% ../nbs/35_commands.ipynb #5275d292
+# %% ../nbs/35_commands.ipynb #da93c81d
 def read_array(path:Path, name:str) -> np.ndarray:   # finite numbers
     "A .npy file of numbers. ValueError that names the file for anything else."
     most = path.stat().st_size
@@ -355,7 +357,7 @@ def warn_guidance(known:dict, sampling:Sampling, guide:Path|None) -> None:
                       "--guide",
                       stacklevel=2)
 
-# %% ../nbs/35_commands.ipynb #fe8b9fae
+# %% ../nbs/35_commands.ipynb #3110f049
 def write_images(out:Path,              # .png, .zip or .npz
                  seeds:list[int],
                  images:Tensor,         # `[N, C, H, W]`
@@ -448,7 +450,7 @@ def write_parts(team:Team, out:Path, seeds:list[int], drawn, as_vectors:bool,
                  None if labels[0] is None else torch.stack(labels),
                  len(classes) if classes and len(classes) > 1 else None)
 
-# %% ../nbs/35_commands.ipynb #fada6b32
+# %% ../nbs/35_commands.ipynb #9b87100e
 def halves_distance(images:Tensor,     # uint8 `[N, C, H, W]`
                     features,          # a feature network
                     seed:int=0,        # of the split
@@ -511,7 +513,7 @@ def demo(out:Path, seed:int=0, images:int|None=None, device:str|None="cpu",
               f"the model is {out/'model.safetensors'}")
     return result | dict(out=str(out))
 
-# %% ../nbs/35_commands.ipynb #e6d43062
+# %% ../nbs/35_commands.ipynb #8e277be9
 def convert(source:Path, out:Path, overwrite:bool=False) -> dict:   # out
     "Turn an official pickle into safetensors and JSON without running its code."
     written = official.convert(source, free_path(out, overwrite), overwrite)

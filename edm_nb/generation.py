@@ -69,7 +69,7 @@ def known_about(path:Path,        # as for `model_file`
     extra = checkpoints.read_config(model_file(path, at)).get("extra")
     return extra if isinstance(extra, dict) else {}
 
-# %% ../nbs/23_generation.ipynb #56733a3f
+# %% ../nbs/23_generation.ipynb #81fe7b67
 class SamplerRow(NamedTuple):
     "The sampling half of a row of Table 1."
     sigmas:Callable       # n -> noise levels `[n+1]`, last is 0
@@ -131,7 +131,7 @@ class Sampling:
         steps = self.steps if self.levels is None else sum(x > 0 for x in self.levels)
         return dict(row=self.row, solver=solver, steps=steps) | changed
 
-# %% ../nbs/23_generation.ipynb #41adc568
+# %% ../nbs/23_generation.ipynb #23f2c31a
 def require(value,           # a number, or not
             name:str,        # for the message
             low:float,       # smallest that can be used
@@ -160,6 +160,9 @@ def check_sampling(settings:Sampling) -> None:
         raise ValueError(f"{given[0]} is given, but the levels of row {settings.row!r} "
                          "follow from its constants; leave it out")
     require(settings.rho, "rho", 0.1, 1000)
+    if settings.rho != Sampling.rho and settings.row != "edm":
+        raise ValueError(f"rho is given, but row {settings.row!r} has none; "
+                         "leave it out")
     require(settings.guidance, "guidance", -100, 100)
     require(settings.S_noise, "S_noise", 0.01, 100)
     require(settings.S_churn, "S_churn", 0, 1e6)
@@ -194,7 +197,7 @@ def check_levels(settings:Sampling) -> None:
         raise ValueError(f"levels are given, so {', '.join(clash)} would be ignored; "
                          "leave it out")
 
-# %% ../nbs/23_generation.ipynb #232a7ffd
+# %% ../nbs/23_generation.ipynb #62af8e24
 def step_levels(sampling:Sampling,         # what is asked for
                 *models:Preconditioned,    # the network, and maybe a guide
                ) -> Tensor:                # float64 `[n+1]`, decreasing, last is 0
@@ -210,7 +213,7 @@ def step_levels(sampling:Sampling,         # what is asked for
     levels = torch.unique_consecutive(levels.double().cpu())
     return torch.cat([levels, levels.new_zeros(1)])
 
-# %% ../nbs/23_generation.ipynb #39825854
+# %% ../nbs/23_generation.ipynb #d5862895
 def algorithm_2(sampling:Sampling,         # schedule, solver and churn
                 round_sigma:Callable|None=None,   # to the levels that the network knows
                ) -> Callable:              # as `sampler` of `generate`
@@ -272,7 +275,7 @@ def check_labels(label_dim:int, classes:Sequence[int]|None, vectors:Tensor
         raise ValueError(f"label vectors are {list(vectors.shape)}; the model takes "
                          f"[N, {label_dim}]")
 
-# %% ../nbs/23_generation.ipynb #f286fccc
+# %% ../nbs/23_generation.ipynb #0c21f7cc
 class OfficialNoise:
     "Streams as the published script uses them: churn noise in the state's precision."
     def __init__(self, seeds:Iterable[int],      # one per image
@@ -314,7 +317,7 @@ def unused_draws(sampling:Sampling,       # settings
         else: before += 1
     return unused
 
-# %% ../nbs/23_generation.ipynb #cfcdf0dc
+# %% ../nbs/23_generation.ipynb #a1b7eb32
 def image_shape(denoiser:Preconditioned) -> tuple[int, int, int]:   # C, H, W
     "The shape of one image. ValueError where the network does not say."
     net = denoiser.net

@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'feature_network', 'image_stats', 'stats_file', 'source_shape', 'shared_features', 'stats', 'check_bytes',
            'is_model', 'Kept', 'beside', 'model_score', 'images_score', 'fid', 'beside_lines']
 
-# %% ../nbs/36_measuring.ipynb #925ffc1b
+# %% ../nbs/36_measuring.ipynb #0207b976
 import functools, json, re, torch, warnings
 from pathlib import Path
 from torch import Tensor
@@ -31,7 +31,7 @@ from edm_nb.metrics import (
 )
 from .runs import choose, join_team, Team
 
-# %% ../nbs/36_measuring.ipynb #298549b0
+# %% ../nbs/36_measuring.ipynb #b74181fd
 SPLITS = {"digits": "all", "cifar10": "train",
           "cifar10-test": "test"}   # a file does not say
 
@@ -92,7 +92,7 @@ def stats(source:str,                  # a named set, images, or a statistics fi
                   f"({network.name})")
         return dict(out=str(out), n=found.n, features=network.name, dim=network.dim)
 
-# %% ../nbs/36_measuring.ipynb #5b120616
+# %% ../nbs/36_measuring.ipynb #e8c516b0
 def check_bytes(known:dict, source:str) -> None:   # from `known_about`; for messages
     """A distance is measured on bytes: latents have none, and other float data become
     bytes as if −1 were black and 1 white."""
@@ -123,7 +123,7 @@ class Kept:
         if not self.images: self.images.append(images[:8].cpu())
         return found
 
-# %% ../nbs/36_measuring.ipynb #d16f761d
+# %% ../nbs/36_measuring.ipynb #212722b2
 def beside(wanted:dict,         # kid, precision: bool; neighbours: path or None
            images:Tensor,       # samples, uint8 `[n, C, H, W]`
            features:Tensor,     # theirs, `[n, dim]`
@@ -152,7 +152,7 @@ def beside(wanted:dict,         # kid, precision: bool; neighbours: path or None
 def model_score(team:Team, source:Path, ref:str, features:str|None, weights:Path|None,
                 n:int, repeats:int, seed:int, batch:int, sampling:Sampling,
                 guide:Path|None,
-                given:dict,      # classes, vectors
+                given:dict,      # classes, vectors, official
                 wanted:dict,     # as in `beside`
                ) -> tuple:       # `Score`, what `beside` adds
     "Draw, count, compare: `metrics.measure` with a model of ours, its cost said first."
@@ -172,6 +172,7 @@ def model_score(team:Team, source:Path, ref:str, features:str|None, weights:Path
     reference = image_stats(ref, network, batch)
     levels = step_levels(sampling, *models)[:-1].tolist()
     how = sampling.describe() | dict(sigmas=[levels[0], levels[-1], len(levels)])
+    if given["official"]: how["official_seeds"] = True
     about = dict(sampler=json.dumps(how), nfe=nfe, ema=source.name,
                  split=SPLITS.get(ref, "unknown"))
     with tqdm(total=n*repeats, unit="img", disable=team.rank > 0,
@@ -209,6 +210,7 @@ def fid(source:str,                  # a model, images, or a statistics file
         classes:list[int]|None=None, labels:Path|None=None, guide:Path|None=None,
         at:int|None=None, features:str|None=None, weights:Path|None=None, batch:int=256,
         device:str|None=None, overwrite:bool=False, timeout:float=600,
+        official:bool=False,         # streams of the published script
         **wanted,                    # kid, precision, neighbours
        ) -> dict:                    # a `Score` as values
     "Fréchet distance of a model or of images, with the protocol it was measured by."
@@ -219,7 +221,8 @@ def fid(source:str,                  # a model, images, or a statistics file
             known = known_about(source, at)
             check_bytes(known, source)
             if team.rank == 0: warn_guidance(known, sampling, guide)
-            given = dict(classes=classes, vectors=label_vectors(known, labels, classes))
+            given = dict(classes=classes, official=official,
+                         vectors=label_vectors(known, labels, classes))
             file = model_file(source, at)
             score, extra = model_score(team, file, ref, features, weights, n, repeats,
                                        seed, batch, sampling, guide, given, wanted)

@@ -116,8 +116,10 @@ def test_classes_change_the_image(model, tmp_path):
     (["sample", "MODEL", "--out", "x.png", "--guidance", "1e308"], "guidance is 1e+308"),
     (["sample", "MODEL", "--out", "x.png", "--sigma-min", "1e-320"], "sigma_min is"),
     (["sample", "MODEL", "--out", "x.png", "--sigma-max", "1e308"], "sigma_max is"),
-    (["sample", "MODEL", "--out", "x.png", "--S-tmin", "inf"], "S_tmin is inf"),
-    (["sample", "MODEL", "--out", "x.png", "--S-noise", "1e300"], "S_noise is"),
+    (["sample", "MODEL", "--out", "x.png", "--S-churn", "3", "--S-tmin", "inf"], "S_tmin is inf"),
+    (["sample", "MODEL", "--out", "x.png", "--S-churn", "3", "--S-noise", "1e300"], "S_noise is"),
+    (["sample", "MODEL", "--out", "x.png", "--S-noise", "1.1"], "--S-noise: does nothing while --S-churn is 0"),
+    (["sample", "MODEL", "--out", "x.png", "--table-row", "ve", "--rho", "5"], "row 've' has none"),
     (["fid", "digits", "--ref", "digits", "--out", "x.json", "--classes", "99"], "--classes: for a model only, and digits is none"),
     (["fid", "digits", "--ref", "digits", "--out", "x.json", "--steps", "3", "--guidance", "2", "--n", "9"], "--steps, --guidance, --n: for a model only"),
     (["fid", "MODEL", "--ref", "nowhere", "--out", "x.json"], "no reference at nowhere"),
@@ -363,7 +365,10 @@ def test_fid_of_a_model_reports_three_seed_ranges(model, tmp_path):
     result = json.loads((tmp_path / "d.json").read_text())
     assert len(set(result["values"])) == 3
     assert result["min"] == min(result["values"]) and result["mean"] == pytest.approx(sum(result["values"]) / 3)
-    assert result["protocol"]["nfe"] == 5
+    assert result["protocol"]["nfe"] == 5 and json.loads(result["protocol"]["sampler"]) == dict(row="edm", solver="heun", steps=3, sigmas=[80.0, 0.002, 3])
+    published = edm_nb("fid", model, "--ref", "digits", "--features", "pixels", "--n", 96, "--repeats", 1, "--steps", 3, "--official-seeds", "--device", "cpu", "--json")
+    other = json.loads(published.stdout)
+    assert json.loads(other["protocol"]["sampler"])["official_seeds"] and other["values"][0] != result["values"][0]
     assert "evaluations" in done.output
 
 
