@@ -56,7 +56,8 @@ browser:  ## install Chromium for the explorer's tests, where apt is there and m
 
 test: check browser  ## check the export, execute the notebooks, run pytest
 	$(BIN)/python book/execute.py
-	EDM_NB_EXECUTED=_build/executed $(BIN)/python -m pytest -q --durations=10 -m 'not slow and not gpu'
+	$(BIN)/python book/build.py
+	EDM_NB_EXECUTED=_build/executed EDM_NB_SITE=_build/html $(BIN)/python -m pytest -q --durations=10 -m 'not slow and not gpu'
 
 test-fast: check  ## for the inner loop: notebooks that you changed, tests that do not train
 	$(BIN)/python book/execute.py --changed
