@@ -190,7 +190,10 @@ def check_constants(scalings:Callable,   # a row of Table 1
 def check_channels(sigma_data:float|tuple,   # of a denoiser
                    x:Tensor,                 # `[B, C, ...]`
                   ) -> None:
-    "Raises ValueError where σ_data is per channel and x has other channels."
+    """Refuse a σ_data per channel where x has other channels.
+
+    Raises ValueError.
+    """
     if isinstance(sigma_data, tuple) and len(sigma_data) != x.shape[1]:
         raise ValueError(
             f"sigma_data has {len(sigma_data)} values, one per channel, but x "
@@ -200,7 +203,10 @@ def check_channels(sigma_data:float|tuple,   # of a denoiser
 def check_sigma_data(denoise:Callable, # one without `sigma_data` passes: an oracle
                      sigma_data,       # what the caller is set to
                     ) -> None:
-    "Raises ValueError where a caller and its denoiser disagree on σ_data."
+    """Refuse a caller and a denoiser that disagree on σ_data.
+
+    Raises ValueError.
+    """
     own = getattr(denoise, "sigma_data", None)
     if own is None: return
     a, b = (torch.as_tensor(v).double().flatten() for v in (own, sigma_data))

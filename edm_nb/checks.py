@@ -153,7 +153,11 @@ def require_finite(x:Tensor,     # what a sampler is about to return
                    peaks:Iterable[Tensor]=(),  # `peak` of the state after every step
                    sigmas:Tensor|None=None,    # levels that the steps started from
                   ) -> Tensor:   # `x`
-    "ValueError for NaN or infinity, naming the step where it began if the peaks tell."
+    """Pass what is finite on, and refuse the rest.
+
+    Raises ValueError for NaN or infinity, naming the step where it began if the peaks
+    tell.
+    """
     if is_finite(x): return x
     for step, value in enumerate(peaks):
         if not math.isfinite(float(value)):

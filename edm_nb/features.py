@@ -47,7 +47,10 @@ def check_uint8(images,        # what a feature network is about to read
                 shape:tuple|None=None,  # C, H, W it needs; None for any
                 name:str="this network",  # for the message
                ) -> Tensor:    # the same tensor
-    "ValueError unless `images` is uint8 `[B, C, H, W]` of the right shape."
+    """Pass images on that the network reads, and refuse others.
+
+    Raises ValueError unless they are uint8 `[B, C, H, W]` of the right shape.
+    """
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise ValueError(
             f"expected images [B, C, H, W], got {type(images).__name__} "

@@ -244,7 +244,10 @@ def with_length(config:TrainConfig,      # as a preset has it
 
 # %% ../nbs/31_folders.ipynb #1359c14b
 def check_meta(meta) -> None:
-    "Raise ValueError where a state's notes are not those of a training."
+    """Refuse a state whose notes are not those of a training.
+
+    Raises ValueError.
+    """
     good = (isinstance(meta, dict) and is_whole(meta.get("images"))
             and isinstance(meta.get("config"), dict)
             and type(meta.get("seconds")) in (int, float)

@@ -173,7 +173,10 @@ def frechet_distance(mean1,   # `[d]`, array or tensor
 def check_features(features:Tensor,   # what is about to be counted
                    dim:int,           # width it should have
                   ) -> Tensor:        # the same tensor
-    "ValueError unless `features` is a finite floating-point `[B, dim]`."
+    """Pass features on that can be counted, and refuse others.
+
+    Raises ValueError unless they are a finite floating-point `[B, dim]`.
+    """
     if not isinstance(features, Tensor):
         raise ValueError(
             f"expected a tensor of features, got {type(features).__name__}; "

@@ -57,7 +57,7 @@ def test_docstrings_say_what_first_and_name_errors_on_a_line_of_their_own(path):
             text = ast.get_docstring(node)
             if text is None: continue
             first = text.splitlines()[0]
-            if re.match(r"\s*(Raises? )?\w*Error\b", first): crowded.append(f"{node.name}: {first[:60]}")
+            if re.match(r"\s*(Raises? )?\w+Error\b", first): crowded.append(f"{node.name}: {first[:60]}")
     assert not crowded, crowded[:10]
 
 
