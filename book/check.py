@@ -57,7 +57,8 @@ def export_problems(root=ROOT):
         shutil.copy(root / "settings.ini", fresh)
         shutil.copytree(root / "nbs", fresh / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         (fresh / "edm_nb").mkdir()
-        shutil.copy(root / "edm_nb/__init__.py", fresh / "edm_nb")
+        for name in ("__init__.py", "__main__.py"):       # written by hand, three lines
+            shutil.copy(root / "edm_nb" / name, fresh / "edm_nb")
         done = subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=fresh, capture_output=True, text=True)
         if done.returncode:
             return [f"nbdev_export failed: {done.stderr.strip()[-500:]}"]
