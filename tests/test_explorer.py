@@ -239,6 +239,15 @@ def test_euler_maruyama_with_given_noise():
 
 
 @needs_node
+def test_the_sde_beside_the_churn_adds_as_much_noise():
+    "From a state 0 whose D is 0 too, what one step leaves is its noise: the same spread as the climb's."
+    still, gammas = ([[0.0]], [0.0], [1.0]), [0.05, 0.2, 0.414]
+    rates = ask([["churnRate", gamma] for gamma in gammas])
+    steps = ask([["sde", still, "linear", [0.0], [2.0, 1.0], rate, [[1.0]]] for rate in rates])     # |Δt| = 1
+    np.testing.assert_allclose([x[0] for x in steps], [2.0 * math.sqrt((1 + gamma)**2 - 1) for gamma in gammas], rtol=1e-12)
+
+
+@needs_node
 def test_training_densities_are_those_of_the_quantile_functions():
     "The density of ln sigma times the slope of the quantile function is 1."
     rows = [("vpDensity", vp_quantile, []), ("veDensity", ve_quantile, []), ("lognormalDensity", lognormal_quantile, [-1.2, 1.2]),

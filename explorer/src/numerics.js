@@ -283,6 +283,9 @@ export function churnStep(denoiser, schedule, x, here, next, gamma, S_noise, noi
   return { up, x: step(denoiser, schedule, up.x, up.knot, next, history) };
 }
 
+// β(t)|Δt| of the SDE whose step adds as much noise as a climb by gamma: (1 + gamma)² - 1 = 2 rate.
+export const churnRate = gamma => gamma + gamma * gamma / 2;
+
 // One Euler-Maruyama step of the SDE (Eq. 6), backward in time: rate = β(t)|Δt|; no noise in a step that ends at sigma = 0.
 export function sdeStep(denoiser, x, here, next, rate, noise) {
   const { sigma, dsigma, s, ds } = here, dt = next.t - here.t, D = denoisedAt(denoiser, x, here);

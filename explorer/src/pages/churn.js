@@ -46,7 +46,7 @@ function eulerMaruyama(D, { N, seed }, churn) {
   let x = noise(seed, 0).map(v => SIGMA_MAX * v);
   const path = [{ time: 0, x, sigma: SIGMA_MAX }];
   numerics.churnGammas(levels, churn).forEach((gamma, i) => {
-    x = numerics.sdeStep(D, x, moments[i], moments[i + 1], gamma + gamma * gamma / 2, noise(seed, i + 1));
+    x = numerics.sdeStep(D, x, moments[i], moments[i + 1], numerics.churnRate(gamma), noise(seed, i + 1));
     path.push({ time: N * (i + 1) / n, x, sigma: levels[i + 1] });
   });
   return path;
