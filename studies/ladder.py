@@ -184,15 +184,17 @@ def ema_study(data, n, halflives=(250, 1_000, 4_000, 16_000)):
     yield dict(study="ema", row="half-lives"), ROWS["E"], job
 
 
-def crossed_study(data, n):
-    "C30: four networks, one per row of Table 1, each sampled in four ways at three numbers of evaluations."
-    for row, config in table_1_rows(ROWS["E"]).items():
-        def job(config):
+def crossed_study(data, n, rows):
+    "C30: a network of each row of Table 1, sampled as its authors did, as EDM does, and EDM's also as VP does."
+    small = dataclasses.replace(ROWS["E"], network=dict(NET, model_channels=8, channel_mult=[2, 2]))
+    ways = {"vp": ("vp", "edm"), "ve": ("ve", "edm"), "iddpm": ("iddpm", "edm"), "edm": ("vp", "edm")}
+    for row in rows:
+        def job(config, row=row):
             *_, (record, denoiser) = averages(config, data)
-            grid = {name: {nfe: distance(draw(denoiser, data, n, **of(nfe)), data) for nfe in EVALUATIONS}
-                    for name, of in SAMPLERS.items()}
+            grid = {name: {nfe: distance(draw(denoiser, data, n, **SAMPLERS[name](nfe)), data) for nfe in EVALUATIONS}
+                    for name in ways[row]}
             return dict(grid=grid, loss=record.loss, samples=n, range=[denoiser.sigma_min, min(denoiser.sigma_max, 1e9)])
-        yield dict(study="crossed", row=row), config, job
+        yield dict(study="crossed", row=row), table_1_rows(small)[row], job
 
 
 # --- CIFAR-10 at 16 x 16 ------------------------------------------------------------------------------------------
@@ -232,8 +234,9 @@ def digits_studies(n):
     data = digits()
     about = dict(data="digits, 1,797 images of 8 x 8", features="pixels, 64", samples=n, floors=floors(data, n),
                  clean=orientation_and_spread(data.images, data.labels))
-    return [sigma_study, *(functools.partial(f, data, n) for f in (crossed_study, ema_study, noise_study, leak_study)),
-            functools.partial(ladder_study, data, ROWS, n)], about
+    return [sigma_study, *(functools.partial(crossed_study, data, n, rows) for rows in (("vp", "edm"), ("ve", "iddpm"))),
+            functools.partial(ladder_study, data, ROWS, n),
+            *(functools.partial(study, data, n) for study in (ema_study, noise_study, leak_study))], about
 
 
 def cifar_studies(n):
