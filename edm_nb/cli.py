@@ -51,7 +51,7 @@ def one_line(text) -> str:
     "Any text on one line, without what could command a terminal."
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
-# %% ../nbs/15_cli.ipynb #f61d65c3
+# %% ../nbs/15_cli.ipynb #3d28c09c
 MENDABLE = (ValueError, OSError, ImportError, EOFError, MemoryError, ArithmeticError,
             RecursionError)
 BY_NAME = ("SafetensorError", "BadZipFile", "TrainingDiverged", "FolderBusy",
@@ -73,6 +73,9 @@ def explain(error:BaseException) -> str|None:   # None: a fault of the package
     if isinstance(error, EOFError) or name == "BadZipFile":
         return (f"a file ends too early or is damaged: {text or 'it is empty'}; fetch "
                 "it again")
+    if "waiting for clients" in text or "Connection closed by peer" in text:
+        return (f"a partner process is missing: {text} Start all of them through "
+                "torchrun, or give them longer by --timeout")
     if name == "SafetensorError":
         return f"a .safetensors file cannot be read or written: {text}"
     if isinstance(error, MENDABLE) or name in BY_NAME: return text or name
@@ -101,7 +104,7 @@ def friendly(command):
             raise typer.Exit(1) from error
     return run
 
-# %% ../nbs/15_cli.ipynb #1d39af00
+# %% ../nbs/15_cli.ipynb #7595e5dd
 MOST_NUMBERS = 10_000_000
 
 def parse_numbers(text:str,             # such as "0-63,100"
@@ -253,7 +256,7 @@ FeatureName = option(Optional[str], "--features",
 Weights = option(Optional[Path], "--weights",
                  help="a local file of the Inception weights; default: download")
 
-# %% ../nbs/15_cli.ipynb #3be134c7
+# %% ../nbs/15_cli.ipynb #4239fe25
 SAMPLING = ("steps", "sigma_min", "sigma_max", "rho", "solver", "S_churn", "S_tmin",
             "S_tmax", "S_noise", "guidance", "table_row", "sigmas")
 CHURN = ("S_tmin", "S_tmax", "S_noise")        # of no use alone

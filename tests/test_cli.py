@@ -305,6 +305,22 @@ def test_a_closed_error_stream_and_an_old_encoding_are_no_reason_to_fail(model, 
     assert done.returncode == 0 and b"Fr?chet" in done.stdout
 
 
+@pytest.mark.parametrize("environment, words", [
+    ({"WORLD_SIZE": "-3"}, "WORLD_SIZE='-3'; expected a whole number"), ({"WORLD_SIZE": "a"}, "WORLD_SIZE='a'"), ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK='x'"),
+    ({"WORLD_SIZE": "2"}, "lacks RANK, MASTER_ADDR, MASTER_PORT"), ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_PORT": "1"}, "RANK=5 of WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT='x'"), ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "FREE"}, "a partner process is missing")], ids=str)
+def test_nonsense_about_processes_is_one_line(model, tmp_path, environment, words):
+    "A partner that never comes is waited for as long as --timeout says."
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1"} | environment if "RANK" in environment and len(environment) > 2 else environment
+    environment = {name: port if value == "FREE" else value for name, value in environment.items()}
+    done = CliRunner().invoke(cli.app, ["sample", str(model), "--seeds", "0", "--device", "cpu", "--timeout", "1", "--out", str(tmp_path / "x.npz")], env=environment)
+    assert done.exit_code == 2 and words in done.output and "Traceback" not in done.output, done.output
+
+
 def test_fid_and_demo_run_under_torchrun(model, tmp_path):
     "Started by torchrun itself, whose parser has opinions about --n."
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "edm_nb"]

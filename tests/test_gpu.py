@@ -183,6 +183,20 @@ def test_the_device_computes_what_the_cpu_does():
 
 @pytest.mark.gpu
 @CUDA
+def test_images_by_seed_are_those_of_the_cpu():
+    "Noise is drawn on the CPU unless asked otherwise; published seeds and `noise_on` draw on the device."
+    state = updates.new_state(configs.PRESETS["toy"], digits(), torch.device("cpu"))
+    denoise, settings = state.denoiser.eval(), generation.Sampling(6, S_churn=4)
+    draw = lambda **more: next(generation.generate(denoise, range(8), settings, as_bytes=False, **more))[1]  # noqa: E731
+    here = draw()
+    denoise.cuda()
+    torch.testing.assert_close(draw(), here, atol=2e-3, rtol=1e-2)
+    for other in (dict(official=True), dict(noise_on="cuda")):
+        assert draw(**other).isfinite().all() and torch.equal(draw(**other), draw(**other)) and (draw(**other) - here).abs().max() > 0.1
+
+
+@pytest.mark.gpu
+@CUDA
 def test_no_synchronisation_inside_a_step():
     "The host may run ahead: a synchronising call inside an update is an error here."
     from edm_nb.randomness import IndexStream
