@@ -51,7 +51,7 @@ def one_line(text) -> str:
     "Any text on one line, without what could command a terminal."
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
-# %% ../nbs/15_cli.ipynb #3d28c09c
+# %% ../nbs/15_cli.ipynb #da157dda
 MENDABLE = (ValueError, OSError, ImportError, EOFError, MemoryError, ArithmeticError,
             RecursionError)
 BY_NAME = ("SafetensorError", "BadZipFile", "TrainingDiverged", "FolderBusy",
@@ -104,7 +104,7 @@ def friendly(command):
             raise typer.Exit(1) from error
     return run
 
-# %% ../nbs/15_cli.ipynb #7595e5dd
+# %% ../nbs/15_cli.ipynb #3724262d
 MOST_NUMBERS = 10_000_000
 
 def parse_numbers(text:str,             # such as "0-63,100"
@@ -232,9 +232,11 @@ Sigmas = option(Optional[Path], "--sigmas",
 Steps = option(int, "--steps", min=1, max=10_000,
                help="solver steps; 18 cost 35 evaluations with Heun")
 SigmaMin = option(Optional[float], "--sigma-min",
-                  help="last noise level before 0; default: the row's, 0.002 for edm")
+                  help="last noise level before 0; default: the model's own, or the "
+                       "row's, 0.002 for edm")
 SigmaMax = option(Optional[float], "--sigma-max",
-                  help="first noise level; default: the row's, 80 for edm")
+                  help="first noise level; default: the model's own, or the row's, 80 "
+                       "for edm")
 Rho = option(float, "--rho", min=0.1, max=1000, help="exponent of the steps")
 Solver = option(Optional[str], "--solver",
                 help=f"{', '.join(SOLVERS)}; default: that of the row, heun for edm")
@@ -256,7 +258,7 @@ FeatureName = option(Optional[str], "--features",
 Weights = option(Optional[Path], "--weights",
                  help="a local file of the Inception weights; default: download")
 
-# %% ../nbs/15_cli.ipynb #4239fe25
+# %% ../nbs/15_cli.ipynb #4061547e
 SAMPLING = ("steps", "sigma_min", "sigma_max", "rho", "solver", "S_churn", "S_tmin",
             "S_tmax", "S_noise", "guidance", "table_row", "sigmas")
 CHURN = ("S_tmin", "S_tmax", "S_noise")        # of no use alone

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_BATCH', 'NAMED_SETS', 'FORMS', 'say', 'collect', 'write_json', 'free_path', 'free_folder', 'image_folder',
-           'read_config', 'change', 'with_sigma_data', 'describe', 'follow', 'check_run', 'last_record', 'peak_memory',
-           'dry_run', 'in_time', 'train', 'lengthen', 'named_set', 'list_presets', 'preset_lines', 'suggest',
-           'read_array', 'read_levels', 'label_vectors', 'warn_guidance', 'write_images', 'models_of', 'plan', 'sample',
-           'check_channels', 'write_parts', 'halves_distance', 'demo_samples', 'demo_result', 'demo', 'convert']
+           'read_config', 'change', 'with_sigma_data', 'with_range', 'describe', 'follow', 'check_run', 'last_record',
+           'peak_memory', 'dry_run', 'in_time', 'train', 'lengthen', 'named_set', 'list_presets', 'preset_lines',
+           'suggest', 'read_array', 'read_levels', 'label_vectors', 'warn_guidance', 'write_images', 'models_of',
+           'own_range', 'plan', 'sample', 'check_channels', 'write_parts', 'halves_distance', 'demo_samples',
+           'demo_result', 'demo', 'convert']
 
-# %% ../nbs/35_commands.ipynb #dccadff9
+# %% ../nbs/35_commands.ipynb #2f83b0b4
 import contextlib, functools, json, math, numpy as np, os, re, resource, shutil, sys
 import time, torch, torch.distributed as dist, warnings
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from edm_nb.runs import (
     choose, join_team, load_data, on_first, pick_device, Team, train as run_training
 )
 
-# %% ../nbs/35_commands.ipynb #c40d506a
+# %% ../nbs/35_commands.ipynb #8970ae91
 def say(team:Team, text:str) -> None:
     "Print a line once, whatever the number of processes."
     if team.rank == 0: print(text, file=sys.stderr, flush=True)
@@ -50,11 +51,12 @@ def write_json(path:Path, value) -> Path:   # the path
     def write(file): file.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     return write_atomic(Path(path), write)
 
-# %% ../nbs/35_commands.ipynb #a613bfbc
+# %% ../nbs/35_commands.ipynb #63e0b249
 def free_path(path:Path,             # where the output shall go
               overwrite:bool=False,  # may an existing one be replaced?
              ) -> Path:              # the path
-    "Refuse to write over what exists. ValueError where something is in the way."
+    """Refuse to write over what exists.
+    ValueError where something is in the way."""
     path = Path(path)
     taken = path.exists() and (path.is_file() or any(path.iterdir()))
     if taken and not overwrite:
@@ -66,7 +68,8 @@ def free_path(path:Path,             # where the output shall go
 def free_folder(out:Path,              # of pictures
                 overwrite:bool=False,  # may an existing one be replaced?
                ) -> Path:              # to draw into: `out`, or one beside it
-    "A folder to draw into. ValueError for one that holds anything but such pictures."
+    """A folder to draw into.
+    ValueError for one that holds anything but such pictures."""
     free_path(out, overwrite)
     if out.is_file(): raise ValueError(f"{out} is a file; choose a folder as --out")
     if not out.exists() or not any(out.iterdir()): return out
@@ -89,7 +92,7 @@ def image_folder(team:Team, out:Path, overwrite:bool=False) -> Iterator[Path]:
         if place != out: shutil.rmtree(place, ignore_errors=True)
         raise
 
-# %% ../nbs/35_commands.ipynb #52374a18
+# %% ../nbs/35_commands.ipynb #86087e08
 def read_config(preset:str,        # a name of PRESETS, or the path of a JSON file
                ) -> TrainConfig:
     "A configuration by name or from a file."
@@ -145,7 +148,16 @@ def with_sigma_data(config:TrainConfig,   # to start from
                              "auto to measure it")
     return replace(config, precond=config.precond | {"sigma_data": value})
 
-# %% ../nbs/35_commands.ipynb #13cf0925
+def with_range(config:TrainConfig,    # to start from; what it sets stays
+               data:ImageSet,         # of which at most 500 images are looked at
+              ) -> TrainConfig:
+    "Store the noise levels at which samplers of such data begin and end (chapter 03)."
+    found = suggest_settings(data.images[choose(len(data), 500)])
+    ends = {name: float(f"{getattr(found, name):.3g}")
+            for name in ("sigma_min", "sigma_max")}
+    return replace(config, sampling=ends | config.sampling)
+
+# %% ../nbs/35_commands.ipynb #652afe0e
 def describe(config:TrainConfig) -> str:   # one line
     "What a run will cost, as far as it was measured before."
     known = ", ".join(f"{key} {value}" for key, value in config.expected.items())
@@ -177,7 +189,7 @@ def last_record(out:Path) -> dict:   # images, seconds, and what else the log sa
     return (records[-1] if records else {"seconds": None,
                                          "loss": None}) | {"images": seen}
 
-# %% ../nbs/35_commands.ipynb #c7dadd09
+# %% ../nbs/35_commands.ipynb #afde2bb2
 def peak_memory(device:torch.device) -> float:   # GiB
     "The most memory that this process has used so far: of the GPU, or of the machine."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
@@ -231,6 +243,7 @@ def train(preset:str,                  # a name of PRESETS, or a JSON file
         if not dry: on_first(team, lambda: check_run(out))
         loaded = load_data(config)
         if sigma_data is not None: config = with_sigma_data(config, sigma_data, loaded)
+        if sigma_data == "auto": config = with_range(config, loaded)
         used = f"; sigma_data {config.precond['sigma_data']}" if sigma_data else ""
         say(team, f"{preset}: {describe(config)}{used}")
         if dry: return dry_run(team, config, loaded)
@@ -257,7 +270,7 @@ def lengthen(config:TrainConfig,   # of a preset or a file
     config = replace(config, **given)
     return config if images is None else with_length(config, images, folder)
 
-# %% ../nbs/35_commands.ipynb #728d6c76
+# %% ../nbs/35_commands.ipynb #ae9dc8f6
 NAMED_SETS = {"digits": digits, "cifar10": cifar10,
               "cifar10-test": functools.partial(cifar10, "test")}
 
@@ -298,9 +311,10 @@ def suggest(source:str) -> dict:   # fields of `Suggestion`
                            generator=torch.Generator().manual_seed(0))[:4_000]
     return asdict(suggest_settings(data.images[order]))
 
-# %% ../nbs/35_commands.ipynb #da93c81d
+# %% ../nbs/35_commands.ipynb #a3d8f26f
 def read_array(path:Path, name:str) -> np.ndarray:   # finite numbers
-    "A .npy file of numbers. ValueError that names the file for anything else."
+    """A .npy file of numbers.
+    ValueError that names the file for anything else."""
     most = path.stat().st_size
     try:
         with open(path, "rb") as file: found = read_npy(file, most)
@@ -357,7 +371,7 @@ def warn_guidance(known:dict, sampling:Sampling, guide:Path|None) -> None:
                       "--guide",
                       stacklevel=2)
 
-# %% ../nbs/35_commands.ipynb #3110f049
+# %% ../nbs/35_commands.ipynb #3b4dac2f
 def write_images(out:Path,              # .png, .zip or .npz
                  seeds:list[int],
                  images:Tensor,         # `[N, C, H, W]`
@@ -380,14 +394,26 @@ def models_of(team:Team, model:Path, at:int|None, guide:Path|None) -> list:
     models = [load_model(model, team.device, at)]
     return models + ([load_model(guide, team.device)] if guide else [])
 
+def own_range(sampling:Sampling,   # as it was asked for
+              known:dict,          # from `known_about`
+             ) -> Sampling:
+    "Where no range is asked for, the one that was stored when the model was trained."
+    config = known.get("train_config")
+    stored = config.get("sampling") if isinstance(config, dict) else None
+    if not isinstance(stored, dict) or sampling.row != "edm": return sampling
+    if sampling.levels is not None: return sampling
+    ends = {name: stored[name] for name in ("sigma_min", "sigma_max")
+            if name in stored and getattr(sampling, name) is None}
+    return replace(sampling, **ends)
+
 def plan(team:Team, n:int, sampling:Sampling,
          models:list) -> int:   # evaluations per image
     "Say what drawing will cost, and where the network's range moves the levels."
     nfe, levels = count_evaluations(sampling, *models), step_levels(sampling, *models)
-    moved = "" if torch.equal(levels, step_levels(sampling)) else \
-        f"; the network knows other levels: {len(levels) - 1} steps " \
-        f"from {float(levels[0]):.4g} to {float(levels[-2]):.4g}"
-    say(team, f"{n} images × {nfe} evaluations{moved}")
+    moved = not torch.equal(levels, step_levels(sampling))
+    why = ", where the network knows its levels" if moved else ""
+    say(team, f"{n} images × {nfe} evaluations: {len(levels) - 1} steps from "
+              f"σ = {float(levels[0]):.4g} to {float(levels[-2]):.4g}{why}")
     return nfe
 
 def sample(model:Path,                   # a checkpoint or a run folder
@@ -407,6 +433,7 @@ def sample(model:Path,                   # a checkpoint or a run folder
     "Draw images by seed and write them."
     known = known_about(model, at)
     vectors, as_folder = label_vectors(known, labels, classes), not out.suffix in FORMS
+    sampling = own_range(sampling, known)
     facts = known.get("data") if isinstance(known.get("data"), dict) else {}
     latents = facts.get("dtype") == "float32" and out.suffix == ".npz"
     with join_team(device, timeout) as team:
@@ -450,7 +477,7 @@ def write_parts(team:Team, out:Path, seeds:list[int], drawn, as_vectors:bool,
                  None if labels[0] is None else torch.stack(labels),
                  len(classes) if classes and len(classes) > 1 else None)
 
-# %% ../nbs/35_commands.ipynb #9b87100e
+# %% ../nbs/35_commands.ipynb #d27bfa41
 def halves_distance(images:Tensor,     # uint8 `[N, C, H, W]`
                     features,          # a feature network
                     seed:int=0,        # of the split
@@ -492,12 +519,10 @@ def demo(out:Path, seed:int=0, images:int|None=None, device:str|None="cpu",
          overwrite:bool=False, timeout:float=600) -> dict:   # what demo.json holds
     "Train a class-conditional model on handwritten digits, sample it and measure it."
     started, folder = time.perf_counter(), None if overwrite else out
-    config = lengthen(PRESETS["demo"], dict(seed=seed, images=images), folder, True)
+    config = lengthen(PRESETS["digits"], dict(seed=seed, images=images), folder, True)
     with join_team(device, timeout) as team:
         on_first(team, lambda: check_run(out))
         say(team, f"digits: {describe(config)}")
-        if config.grid_every:
-            say(team, f"a picture every {config.grid_every:,} images in {out/'samples'}")
         data, record = load_data(config), None
         records = run_training(config, out, data, device, timeout, overwrite)
         for record in follow(records, config, team.rank): pass
@@ -513,7 +538,7 @@ def demo(out:Path, seed:int=0, images:int|None=None, device:str|None="cpu",
               f"the model is {out/'model.safetensors'}")
     return result | dict(out=str(out))
 
-# %% ../nbs/35_commands.ipynb #8e277be9
+# %% ../nbs/35_commands.ipynb #7f7c200d
 def convert(source:Path, out:Path, overwrite:bool=False) -> dict:   # out
     "Turn an official pickle into safetensors and JSON without running its code."
     written = official.convert(source, free_path(out, overwrite), overwrite)

@@ -15,6 +15,7 @@ from pathlib import Path
 from .augmentation import AugmentPipe
 from .networks import network as unet, STYLES
 from .framework import vp_schedule
+from .generation import Sampling
 from .preconditioning import Preconditioned
 from .training import QUANTILES, WEIGHTS
 
@@ -58,6 +59,7 @@ class TrainConfig:
     grid_every:int = 0                 # images between sample grids; 0: none
     keep_every:int = 0                 # images between models that stay; 0: none
     max_bad:int = 10                   # non-finite updates in a row that end the run
+    sampling:dict = field(default_factory=dict)        # defaults of `sample`: sigma_min, ...
     expected:dict = field(default_factory=dict)        # hardware, time, memory; a note
 
     def __post_init__(self):
@@ -104,7 +106,7 @@ RULES = {    # what a value must be, in words and as a test; a field is named on
     "the name of a set, or a path":
         (("data",), lambda v: type(v) is str and v.strip() != ""),
     "a table of names and values":
-        (("network", "precond", "sigma_args", "augment_args", "expected"),
+        (("network", "precond", "sigma_args", "augment_args", "sampling", "expected"),
          lambda v: type(v) is dict),
     "one of " + ", ".join(QUANTILES): (("sigma",), lambda v: v in list(QUANTILES)),
     "one of " + ", ".join(WEIGHTS): (("weight",), lambda v: v in list(WEIGHTS)),
@@ -158,6 +160,9 @@ def check_tables(config:TrainConfig) -> None:   # the rest of `check_config`
     check_names(f"sigma_args of {config.sigma!r}", config.sigma_args,
                 parameters_of(quantile, "u") + rates * (config.sigma == "vp"))
     check_names("augment_args", config.augment_args, parameters_of(AugmentPipe, "p"))
+    check_names("sampling", config.sampling, ["sigma_min", "sigma_max"])
+    try: Sampling(**config.sampling)
+    except ValueError as error: raise ValueError(f"sampling: {error}") from error
     quarters = torch.tensor([0.25, 0.75], dtype=torch.float64)
     try:
         denoiser = Preconditioned.from_config(None, config.precond)

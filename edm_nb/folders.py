@@ -208,7 +208,7 @@ def write_config(config:TrainConfig, folder:Path) -> Path:   # the file
 
 # %% ../nbs/31_folders.ipynb #bff1d324
 FREE = ("images", "log_every", "save_every", "grid_every", "keep_every", "max_bad",
-        "expected", "data", "micro_batch", "compile", "channels_last")
+        "expected", "sampling", "data", "micro_batch", "compile", "channels_last")
 
 def differences(before:dict,        # a configuration as a table
                 now:TrainConfig,    # the one that is to go on

@@ -69,7 +69,7 @@ def known_about(path:Path,        # as for `model_file`
     extra = checkpoints.read_config(model_file(path, at)).get("extra")
     return extra if isinstance(extra, dict) else {}
 
-# %% ../nbs/23_generation.ipynb #81fe7b67
+# %% ../nbs/23_generation.ipynb #95599d87
 class SamplerRow(NamedTuple):
     "The sampling half of a row of Table 1."
     sigmas:Callable       # n -> noise levels `[n+1]`, last is 0
@@ -131,7 +131,7 @@ class Sampling:
         steps = self.steps if self.levels is None else sum(x > 0 for x in self.levels)
         return dict(row=self.row, solver=solver, steps=steps) | changed
 
-# %% ../nbs/23_generation.ipynb #23f2c31a
+# %% ../nbs/23_generation.ipynb #72df5d78
 def require(value,           # a number, or not
             name:str,        # for the message
             low:float,       # smallest that can be used
@@ -197,7 +197,7 @@ def check_levels(settings:Sampling) -> None:
         raise ValueError(f"levels are given, so {', '.join(clash)} would be ignored; "
                          "leave it out")
 
-# %% ../nbs/23_generation.ipynb #62af8e24
+# %% ../nbs/23_generation.ipynb #9655e063
 def step_levels(sampling:Sampling,         # what is asked for
                 *models:Preconditioned,    # the network, and maybe a guide
                ) -> Tensor:                # float64 `[n+1]`, decreasing, last is 0
@@ -213,7 +213,7 @@ def step_levels(sampling:Sampling,         # what is asked for
     levels = torch.unique_consecutive(levels.double().cpu())
     return torch.cat([levels, levels.new_zeros(1)])
 
-# %% ../nbs/23_generation.ipynb #d5862895
+# %% ../nbs/23_generation.ipynb #0f4e79fe
 def algorithm_2(sampling:Sampling,         # schedule, solver and churn
                 round_sigma:Callable|None=None,   # to the levels that the network knows
                ) -> Callable:              # as `sampler` of `generate`
@@ -275,7 +275,7 @@ def check_labels(label_dim:int, classes:Sequence[int]|None, vectors:Tensor
         raise ValueError(f"label vectors are {list(vectors.shape)}; the model takes "
                          f"[N, {label_dim}]")
 
-# %% ../nbs/23_generation.ipynb #0c21f7cc
+# %% ../nbs/23_generation.ipynb #a151bf83
 class OfficialNoise:
     "Streams as the published script uses them: churn noise in the state's precision."
     def __init__(self, seeds:Iterable[int],      # one per image
@@ -317,9 +317,10 @@ def unused_draws(sampling:Sampling,       # settings
         else: before += 1
     return unused
 
-# %% ../nbs/23_generation.ipynb #a1b7eb32
+# %% ../nbs/23_generation.ipynb #bb752b03
 def image_shape(denoiser:Preconditioned) -> tuple[int, int, int]:   # C, H, W
-    "The shape of one image. ValueError where the network does not say."
+    """The shape of one image.
+    ValueError where the network does not say."""
     net = denoiser.net
     if not (hasattr(net, "resolution") and hasattr(net, "channels")):
         raise ValueError(f"{type(net).__name__} has no channels and resolution; give "
@@ -334,7 +335,8 @@ def device_of(denoiser) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 def check_seeds(seeds:Iterable[int]) -> list[int]:
-    "All seeds, before anything is drawn. ValueError for one that cannot be used."
+    """All seeds, before anything is drawn.
+    ValueError for one that cannot be used."""
     seeds = [int(seed) for seed in seeds]
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise ValueError(f"a seed must be an integer in [0, 2^32), got {wrong[0]}")

@@ -6,14 +6,14 @@
 __all__ = ['SPLITS', 'feature_network', 'image_stats', 'stats_file', 'source_shape', 'shared_features', 'stats', 'check_bytes',
            'is_model', 'Kept', 'beside', 'model_score', 'images_score', 'fid', 'beside_lines']
 
-# %% ../nbs/36_measuring.ipynb #0207b976
+# %% ../nbs/36_measuring.ipynb #b4082a70
 import functools, json, re, torch, warnings
 from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 from edm_nb.commands import (
-    free_path, label_vectors, models_of, named_set, NAMED_SETS, say, warn_guidance,
-    write_json
+    free_path, label_vectors, models_of, named_set, NAMED_SETS, own_range, say,
+    warn_guidance, write_json
 )
 from .data import ImageSet
 from edm_nb.features import (
@@ -31,7 +31,7 @@ from edm_nb.metrics import (
 )
 from .runs import choose, join_team, Team
 
-# %% ../nbs/36_measuring.ipynb #b74181fd
+# %% ../nbs/36_measuring.ipynb #8f35f7c9
 SPLITS = {"digits": "all", "cifar10": "train",
           "cifar10-test": "test"}   # a file does not say
 
@@ -58,7 +58,8 @@ def image_stats(source:str, features, batch:int=256) -> FeatureStats:
     return reference_stats(source, features, batch)
 
 def stats_file(source:str) -> dict|None:   # name and dimension; None for anything else
-    "What a statistics file says about itself. DataError names a damaged file."
+    """What a statistics file says about itself.
+    DataError names a damaged file."""
     if Path(source).suffix != ".npz" or not Path(source).is_file(): return None
     found = read_npz(source, ("mu", "name"))
     if "mu" not in found: return None
@@ -92,7 +93,7 @@ def stats(source:str,                  # a named set, images, or a statistics fi
                   f"({network.name})")
         return dict(out=str(out), n=found.n, features=network.name, dim=network.dim)
 
-# %% ../nbs/36_measuring.ipynb #e8c516b0
+# %% ../nbs/36_measuring.ipynb #927e2c64
 def check_bytes(known:dict, source:str) -> None:   # from `known_about`; for messages
     """A distance is measured on bytes: latents have none, and other float data become
     bytes as if −1 were black and 1 white."""
@@ -123,7 +124,7 @@ class Kept:
         if not self.images: self.images.append(images[:8].cpu())
         return found
 
-# %% ../nbs/36_measuring.ipynb #212722b2
+# %% ../nbs/36_measuring.ipynb #96913777
 def beside(wanted:dict,         # kid, precision: bool; neighbours: path or None
            images:Tensor,       # samples, uint8 `[n, C, H, W]`
            features:Tensor,     # theirs, `[n, dim]`
@@ -220,6 +221,7 @@ def fid(source:str,                  # a model, images, or a statistics file
         if is_model(source) or at is not None:
             known = known_about(source, at)
             check_bytes(known, source)
+            sampling = own_range(sampling, known)
             if team.rank == 0: warn_guidance(known, sampling, guide)
             given = dict(classes=classes, official=official,
                          vectors=label_vectors(known, labels, classes))

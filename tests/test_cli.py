@@ -451,6 +451,24 @@ def test_any_value_can_be_set_and_ends_up_in_the_run(tmp_path):
     assert off.exit_code == 0 and off.output.count("edm-nb: warning: sigma_data is set to 0.2") == 1, off.output
 
 
+def test_the_range_that_the_data_suggest_is_stored_and_used(tmp_path):
+    "What `suggest` says need not be retyped: the model remembers it, `sample` and `fid` use it, options replace it."
+    train = ["train", "toy", "--images", 64, "--device", "cpu", "--out"]
+    for name, more in dict(plain=[], auto=["--sigma-data", "auto"], own=["--sigma-data", "auto", "--set", "sampling.sigma_max=20"]).items():
+        assert edm_nb(*train, tmp_path / name, *more).exit_code == 0
+    suggested = json.loads(edm_nb("suggest", "digits").output)
+    draw = ["--seeds", 0, "--steps", 2, "--device", "cpu", "--out"]
+    for name, more, first, last in (("plain", [], 80, 0.002), ("auto", [], suggested["sigma_max"], suggested["sigma_min"]), ("own", [], 20, suggested["sigma_min"]),
+                                    ("auto", ["--sigma-max", 7, "--sigma-min", 0.1], 7, 0.1)):
+        done = edm_nb("sample", tmp_path / name, *draw, tmp_path / f"{name}{len(more)}.npz", *more)
+        begin, end = (float(x) for x in __import__("re").search(r"from σ = (\S+) to (\S+)", done.output).groups())
+        assert begin == pytest.approx(first, rel=0.1) and end == pytest.approx(last, rel=0.05), done.output
+    measured = edm_nb("fid", tmp_path / "own", "--ref", "digits", "--n", 70, "--repeats", 1, "--steps", 2, "--device", "cpu", "--json")
+    assert json.loads(json.loads(measured.stdout)["protocol"]["sampler"])["sigmas"][0] == 20
+    refused = edm_nb(*train, tmp_path / "x", "--set", "sampling.sigma_max=nonsense")
+    assert refused.exit_code == 2 and "sampling: sigma_max is 'nonsense'" in refused.output
+
+
 def test_unlabelled_data_names_the_option(tmp_path):
     write_zip(tmp_path / "plain.zip", dataclasses.replace(digits().take(slice(0, 80)), labels=None, class_names=()))
     run = ["train", "toy", "--images", 64, "--data", tmp_path / "plain.zip", "--device", "cpu", "--out", tmp_path / "run"]
