@@ -52,6 +52,10 @@ GROUPS = {
     "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp or guidance"),
     "metrics": (["tests/test_metrics.py"], "closed_form or hand or factors or needs_no_qr or determinant or accepted or sum_of_singular or triangle or "
                                            "noise_on_a_thin or any_split or covariance or merge_is or published_rule or recovers_a_line or kid_ or shares"),
+    "augmentation": (["tests/test_augmentation.py"], "signs or moves_the_picture or compose or labels_follow or published_filter or reconstructs"),
+    "data": (["tests/test_data.py", "tests/test_inputs.py"],
+             "byte_round_trip or float_images or stands_upright or plain_or_stated or bounded or scans or together or repeated"),
+    "pickles": (["tests/test_pickles.py"], "paid or budget or colliding"),
     "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
 }
 
@@ -147,6 +151,21 @@ MUTATIONS = [
     Mutation("draws of steps without churn", "generation", "for _ in range(skipped): self.randn", "for _ in range(0): self.randn", "generation"),
     Mutation("a guide without labels", "generation", "guide if theirs else without_labels(guide)", "guide", "generation"),
     Mutation("guidance is counted", "generation", "guided(counter, counter, sampling.guidance)", "guided(counter, lambda x, sigma: x, sampling.guidance)", "generation"),
+    # chapter 12: the published augmentations
+    Mutation("rotation's sign", "augmentation", "turn(draw.angle) @ stretch", "turn(-draw.angle) @ stretch", "augmentation"),
+    Mutation("stretch's sign", "augmentation", "turn(-draw.direction) @ stretch @ turn(draw.direction)",
+             "turn(draw.direction) @ stretch @ turn(-draw.direction)", "augmentation"),
+    Mutation("octaves of a zoom", "augmentation", "octaves:float=0.2,", "octaves:float=0.25,", "augmentation"),
+    Mutation("an eighth of the size", "augmentation", "fraction:float=0.125,", "fraction:float=0.12,", "augmentation"),
+    Mutation("centre of the filter", "augmentation", "2*t + shift + (n - 1)", "2*t + (n - 1)", "augmentation"),
+    # chapter 10 and its rooms: bytes, orientation, layout, bounds
+    Mutation("bytes to floats", "data", "images.float() / 127.5 - 1", "images.float() / 128 - 1", "data"),
+    Mutation("floats to bytes", "data", "x * 127.5 + 128", "x * 127.5 + 127.5", "data"),
+    Mutation("EXIF 7", "images", "if turn in (6, 7)", "if turn in (6, 8)", "data"),
+    Mutation("square images have two equal axes", "arrays", "first = b == c != a", "first = a == c != b", "data"),
+    Mutation("classes are bounded", "data", "MAX_CLASSES = 2**16", "MAX_CLASSES = 2**33", "data"),
+    Mutation("decoded bytes are bounded", "archives", "2**30 + 256 * size", "2**40 + 256 * size", "data"),
+    Mutation("budget of a pickle", "pickles", "machine.budget -= len(args[0])", "machine.budget -= 1", "pickles"),
 ]
 
 

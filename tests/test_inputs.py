@@ -653,7 +653,7 @@ def sound_files():
         yield name, content
 
 
-@pytest.mark.parametrize("name, content", sound_files(), ids=[name for name, _ in sound_files()])
+@pytest.mark.parametrize("name, content", list(sound_files()), ids=[name for name, _ in sound_files()])
 @pytest.mark.filterwarnings("ignore")
 def test_damage_ends_in_one_line(tmp_path, name, content):
     "Forty damaged files of every kind: refused in one line that can be printed, or read; never another exception."
