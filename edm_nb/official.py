@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from edm_nb.checkpoints import (
-    CheckpointError, FOREIGN, MAX_CONFIG, model_files, precondition, read_tensors, rebuild,
-    save
+    CheckpointError, FOREIGN, MAX_CONFIG, model_files, precondition, read_tensors,
+    rebuild, save
 )
 from .files import file_hash, write_atomic
 from .framework import iddpm_levels
@@ -326,7 +326,7 @@ def own_levels(levels:Tensor,   # `u` of the file
     try: exact = iddpm_levels(**constants)
     except (ArithmeticError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: no noise levels for {constants} ({error})") from None
+            f"{path}: no noise levels for its constants ({str(error)[:80]})") from None
     if not torch.allclose(levels.double(), exact, rtol=2e-3, atol=0):
         raise CheckpointError(
             f"{path}: its noise levels u_j are not those of iDDPM's schedule")
