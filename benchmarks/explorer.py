@@ -1,6 +1,6 @@
 """Frames per second of the explorer's particles in headless Chromium, and the static pictures of its five pages.
 
-    python benchmarks/explorer.py              # results/explorer.json and results/explorer/*.png; half a minute
+    python benchmarks/explorer.py              # results/explorer.json and results/explorer/*.png; a minute
 
 Needs chromium, chromedriver and selenium (`make browser`). Two loads on page 3, 500 particles in each of its two panels: the
 animation alone, and a slider that moves in every frame, so that every frame computes both samplers anew. The number of
@@ -59,7 +59,10 @@ def pictures(driver, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in PAGES:
         driver.get(page([name], folder=Path(tempfile.mkdtemp())).as_uri())
-        time.sleep(3)                       # the error curves of page 2 appear one by one
+        time.sleep(1)
+        while name == "trajectories" and not driver.execute_script("return document.querySelector('svg[data-done]')"):
+            time.sleep(0.2)                 # the error curves appear one by one
+        driver.execute_script("document.querySelector('.player')?.remove()")     # nothing to press in a picture
         x, y, w, h = driver.execute_script("const b = document.querySelector('.plots').getBoundingClientRect(); return [b.left, b.top, b.width, b.height]")
         shot = driver.execute_cdp_cmd("Page.captureScreenshot", dict(
             format="png", captureBeyondViewport=True, clip=dict(x=x - 8, y=y - 4, width=w + 16, height=h + 12, scale=1)))
@@ -68,8 +71,8 @@ def pictures(driver, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS / "explorer.json")
     args = parser.parse_args()
     with browser(width=1400, height=1000) as driver, tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-/*! edm_nb explorer, sources 220bb467bec3f50b7de4219d70e1bb62384d4e6903d2b95f6a385e5ff699b5b5; Apache-2.0; contains d3 (ISC, Copyright 2010-2021 Mike Bostock) */
+/*! edm_nb explorer, sources 6fa8896ecad9e1f88eb408b7d2d953d1c58f8ffd29233c032242aa2585afe6ad; Apache-2.0; contains parts of d3 (ISC), see THIRD-PARTY.txt */
 (()=>{var ha=Object.defineProperty;var fa=(t,n)=>{for(var e in n)ha(t,e,{get:n[e],enumerable:!0})};var jr=`.edm-explorer { container-type: inline-size; margin: 1.5rem 0; max-width: 66rem; }
 .edm-x {
   --ink: #1d2530; --soft: #5b6673; --line: #d5dae1; --grid: #e9ecf0; --card: #ffffff; --sunk: #f5f7f9; --focus: #0072B2;
