@@ -1,4 +1,5 @@
 """Chapter 02: Algorithm 2, the SDE family and the Langevin loop against exact answers. No data, no training."""
+import importlib.util
 import itertools
 import math
 import subprocess
@@ -644,6 +645,48 @@ def test_an_interrupted_loop_keeps_what_it_has():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert collect(range(4), total=4, progress=False) == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------- the study behind the chapter's network results
+
+@pytest.fixture(scope="module")
+def study():
+    "studies/churn.py as a module."
+    path = Path(__file__).parent.parent / "studies" / "churn.py"
+    spec = importlib.util.spec_from_file_location("churn_study", path)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+def shrinking_digits(x, sigma, class_labels=None):
+    "A denoiser of the digits' shape whose answer depends on the label, one image at a time."
+    return (0.8*x + sigma**2*class_labels.double().argmax(1).view(-1, 1, 1, 1)/10) / (1 + sigma**2)
+
+
+def test_study_shares_the_path_before_the_first_noise_and_nothing_else(study):
+    "A run that starts from the kept states of the ODE is the run of `sample`, whatever was measured before it."
+    digits = study.Digits(shrinking_digits, [0, 1], 40)
+    for churn in (Churn(4, 0.05, 1.0), Churn(4, 0.05, 1.0, 1.02), Churn(), Churn(3, 0.1)):
+        for seed in (1, 0):
+            streams = SeededNoise(range(seed*40, (seed + 1)*40))
+            noise = streams.randn((40, 1, 8, 8))
+            expected = sample(shrinking_digits, noise, edm_sigmas(9), churn, streams.randn_like, class_labels=digits.labels)
+            got = digits.churned(9, churn_gammas(edm_sigmas(9), churn), churn.S_noise, seed)
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_study_distances_see_what_they_should(study):
+    digits = study.Digits(shrinking_digits, [0, 1], 1797)
+    data = study.to_float(digits.data.images).double()
+    assert digits.distance(data) < 1e-9 < 0.01 < digits.distance(0.9*data)
+    assert all(0.01 < value < 0.2 for value in digits.floor()["distances"])       # sampling error alone
+    look = study.look(data[:50])
+    assert (study.look(0.5*data[:50])["detail"] < look["detail"]).all() and (study.look(2*data[:50])["extremes"] >= look["extremes"]).all()
+    a, b = data[::2], data[1::2]
+    assert abs(study.energy_distance(a, b)) < 0.01 < study.energy_distance(a, b + 0.2)
 
 
 @pytest.mark.gpu
