@@ -126,7 +126,8 @@ def read_config(path,       # folder, .safetensors or .json
     check_kinds(record["denoiser"], dict(scalings=str), f"{file}: denoiser")
     if "train_config" in record["extra"]:       # notes of a training, which others read
         notes = dict(train_config=dict, data=dict, images=int)
-        check_kinds(record["extra"], notes, f"{file}: extra")
+        known = {key: kind for key, kind in notes.items() if key in record["extra"]}
+        check_kinds(record["extra"], known, f"{file}: extra")
     return record
 
 def check_kinds(record:dict,   # parsed JSON

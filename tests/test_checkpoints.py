@@ -158,6 +158,12 @@ def test_configuration_that_does_not_fit(model, change, match):
     refuse(lambda: load(model), match, "model.safetensors")
 
 
+def test_the_committed_digits_model_loads():
+    "Chapters read it: its notes are those of the script that trained it, without all that a run folder notes."
+    path = Path(__file__).resolve().parent.parent / "results" / "models" / "digits.safetensors"
+    assert "train_config" in checkpoints.read_config(path)["extra"] and load(path).net.label_dim == 10
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"format": 1}', "[" * 100_000])
 def test_json_that_is_none(model, content):
     model.with_suffix(".json").write_text(content)
