@@ -38,16 +38,19 @@ def fresh(seed):
     return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
-def groups():
-    "Two lists of (name, levels, schedule, solver of a seed, step counts): what the chapter compares first, then the rest."
-    on_edm = lambda name, solver, *steps: (name, edm_sigmas, LINEAR, solver, steps)
-    row = lambda name, *steps: (name, *ROWS[name], lambda seed: euler, steps)
-    first = [on_edm("EDM", lambda seed: heun, 18, 10, 5), on_edm("Euler", lambda seed: euler, 35, 19, 9), row("VP", 35, 19, 9),
-             row("iDDPM", 35, 19, 9), on_edm("dpmpp_2m", lambda seed: dpmpp_2m, 35, 19, 9)]
-    rest = [on_edm("multistep", lambda seed: multistep(3), 19), on_edm("midpoint", lambda seed: rk2(0.5), 10), row("VE", 35),
-            on_edm("Ralston", lambda seed: rk2(2/3), 10), on_edm("multistep 2", lambda seed: multistep(2), 19),
-            on_edm("dpmpp_2m_sde", lambda seed: dpmpp_2m_sde(fresh(seed)), 35), on_edm("EDM", lambda seed: heun, 40)]
-    return first, rest
+def batches():
+    """Lists of (name, levels, schedule, solver of a seed, steps), most important first.
+
+    A batch is drawn for every seed before the next begins, so a study that is cut off leaves whole comparisons."""
+    row = lambda name, steps: (name, *ROWS[name], lambda seed: euler, steps)
+    on_edm = lambda name, solver, steps: (name, edm_sigmas, LINEAR, solver, steps)
+    eulers = lambda n: [on_edm("Euler", lambda seed: euler, n), row("VP", n), row("iDDPM", n)]
+    heuns = lambda n: on_edm("EDM", lambda seed: heun, n)
+    plus = lambda n: on_edm("dpmpp_2m", lambda seed: dpmpp_2m, n)
+    return [[heuns(18), *eulers(35)], [heuns(5), *eulers(9), plus(9)],
+            [heuns(10), *eulers(19), plus(19), on_edm("multistep", lambda seed: multistep(3), 19), on_edm("midpoint", lambda seed: rk2(0.5), 10)],
+            [plus(35), row("VE", 35), on_edm("Ralston", lambda seed: rk2(2/3), 10), on_edm("multistep 2", lambda seed: multistep(2), 19)],
+            [heuns(40), on_edm("dpmpp_2m_sde", lambda seed: dpmpp_2m_sde(fresh(seed)), 35)]]
 
 
 def rms(x):
@@ -107,7 +110,7 @@ def real_draws(data, generator):
     return data.images[index]
 
 
-def study_methods(denoise, group, data, seed, n, distance, n_error, done):
+def study_methods(denoise, batch, data, seed, n, distance, n_error, done):
     "Yields one record per method and step count that is not in `done`."
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n, *data.images.shape[1:], generator=generator, dtype=torch.float64)
@@ -120,11 +123,10 @@ def study_methods(denoise, group, data, seed, n, distance, n_error, done):
             fine = edm_sigmas(96, sigma_min=1e-3, sigma_max=ROWS[row][0](2)[0].item())
             exact[row] = sample_ode(denoise, noise[:n_error], fine, **part)
         return rms(x[:n_error] - exact[row])
-    for name, levels, schedule, solver, counts in group:
-        for steps in counts:
-            if (name, seed, steps) in done: continue
-            x, nfe = one_method(denoise, noise, cond, levels(steps), schedule, solver(seed))
-            yield dict(method=name, seed=seed, nfe=nfe, **distance.both(x), error=error(name, x), steps=steps)
+    for name, levels, schedule, solver, steps in batch:
+        if (name, seed, steps) in done: continue
+        x, nfe = one_method(denoise, noise, cond, levels(steps), schedule, solver(seed))
+        yield dict(method=name, seed=seed, nfe=nfe, **distance.both(x), error=error(name, x), steps=steps)
 
 
 def study_rk45(denoise, data, seed, n, distance, done):
@@ -200,12 +202,11 @@ def main():
         floor=dict(n=len(data), distances=[distance(real_draws(data, generator)) for _ in range(20)]),
         **small_studies(denoise, data, 16), methods=[], date=now(), hardware=hardware(), versions=versions())
     before, done = record["seconds"], {(r["method"], r["seed"], r.get("steps", r.get("tolerance"))) for r in record["methods"]}
-    first, rest = groups()
     def work():
-        for group in (first, rest):
+        for batch in batches():
             for seed in args.seeds:
                 n_error = 16 if seed == args.seeds[0] else 0
-                yield from study_methods(denoise, group, data, seed, n, distance, n_error, done)
+                yield from study_methods(denoise, batch, data, seed, n, distance, n_error, done)
         for seed in args.seeds: yield from study_rk45(denoise, data, seed, n, distance, done)
     for new in work():
         record["methods"].append(new)

@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation("Gaussian denoiser", "framework", "((self.std.to(spread) / spread)**2)", "((self.std.to(spread) / spread))", "framework"),
     Mutation("score", "framework", "- x) / broadcast_sigma(sigma, x)**2", "- x) / broadcast_sigma(sigma, x)", "framework"),
     Mutation("Eq. 4", "framework", "(sigma_deriv / sigma + s_deriv / s) * x", "(sigma_deriv / sigma - s_deriv / s) * x", "framework"),
-    Mutation("VP schedule", "framework", "u = lambda t: 0.5 * beta_d", "u = lambda t: beta_d", "framework"),
+    Mutation("VP schedule", "framework", "L = lambda t: 0.5 * beta_d", "L = lambda t: beta_d", "framework"),
     Mutation("VP slope", "framework", "0.5 * beta_vp(t) * (sigma(t) + 1 / sigma(t))", "beta_vp(t) * (sigma(t) + 1 / sigma(t))", "framework"),
     Mutation("Table 1, c_skip", "framework", "lambda sigma: sigma_data**2 / total(sigma)", "lambda sigma: sigma_data / total(sigma)", "framework"),
     Mutation("Table 1, lambda", "framework", "total(sigma) / (sigma * sigma_data)**2", "total(sigma) / (sigma + sigma_data)**2", "framework"),
