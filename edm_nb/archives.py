@@ -49,7 +49,7 @@ def lay_out(path:Path,        # of the zip or folder, for messages
             notes:Counter,    # what is left out is counted here
            ) -> tuple:        # ({plain name: entry}, label file or None, wrapping)
     "Which files are images, under which names: the rules for zips and folders."
-    files = {}
+    files:dict = {}
     for entry in entries:
         name = plain_name(entry)
         if is_hidden(name): continue
@@ -163,7 +163,7 @@ def open_zip(path:Path,        # file
     try: archive = zipfile.ZipFile(path)
     except UNREADABLE as error: raise DataError(no_zip(path, error)) from None
     infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-    notes = Counter()
+    notes:Counter = Counter()
     try:
         files, label_name, wrapping = lay_out(path, infos, notes)
         members = {name: infos[entry] for name, entry in files.items()}
@@ -248,7 +248,9 @@ def files_in(path:Path,         # folder
 
     Raises `DataError` for a folder that cannot be listed.
     """
-    seen, folders, links = set(), [path], []
+    seen:set = set()
+    folders:list = [path]
+    links:list = []
     while folders or links:
         folder = folders.pop() if folders else links.pop()
         try:
@@ -277,7 +279,7 @@ def open_folder(path:Path,     # directory
 
     Raises `DataError`.
     """
-    notes = Counter()
+    notes:Counter = Counter()
     sizes = dict(files_in(path, notes))
     files, label_name, wrapping = lay_out(path, sizes, notes)
     names = [name for name in files if name != label_name]
@@ -330,7 +332,7 @@ def parse_labels(path:Path,    # of the zip or folder, for messages
     if not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: class_names in dataset.json must be a list of "
                         "strings")
-    table = {}
+    table:dict = {}
     for entry in labels:
         pair = isinstance(entry, list) and len(entry) == 2
         if not (pair and isinstance(entry[0], str)):

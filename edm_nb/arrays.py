@@ -30,9 +30,9 @@ def channels_first(images:np.ndarray,  # rank 4
                    path:Path,          # for messages
                   ) -> np.ndarray:     # `[N, C, H, W]`
     "Images in the layout of the book. `DataError` where it is not known."
-    layout = guess_layout(images.shape) if stated is None else str(stated)
+    layout = guess_layout(images.shape) if stated is None else str(stated)[:20]
     if layout not in ("NCHW", "NHWC"):
-        said = "" if stated is None else f"its layout is {layout[:20]!r}; "
+        said = "" if stated is None else f"its layout is {layout!r}; "
         raise DataError(f"{path}: {said}images of shape {list(images.shape)} could be "
                         "[N, C, H, W] or [N, H, W, C]; say which, with np.savez(file, "
                         "images=..., layout='NCHW') or layout='NHWC'")

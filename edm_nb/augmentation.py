@@ -127,7 +127,8 @@ def warp_chunk(x:Tensor,          # `[K, C, H, W]`
               ) -> Tensor:        # `[K, C, H, W]`
     "The warp of a few images, all at once."
     (up_y, down_y), (up_x, down_x) = matrices
-    grid = source_grid(inverse, *x.shape[2:], taps)
+    height, width = x.shape[2:]
+    grid = source_grid(inverse, height, width, taps)
     fine = up_y @ (x @ up_x.T)          # one period each way
     fine = torch.nn.functional.grid_sample(fine, grid, mode="bilinear",
                                            align_corners=True)

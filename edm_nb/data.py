@@ -252,7 +252,7 @@ def write_cache(entry:Path,     # folder of one source, made whole or not at all
     try:
         make = functools.partial(reserve, folder/"images.npy", source=source.path)
         images = decode_all(source, make, workers)
-        images.flush()
+        if isinstance(images, np.memmap): images.flush()
         if labels is not None:
             np.save(folder/"labels.npy", labels.numpy(), allow_pickle=False)
         meta = dict(crc=hash_buffer(images, crc32), shape=images.shape,
@@ -319,8 +319,8 @@ def load_source(path:Path,              # zip or folder
         said = "; ".join(f"{what}: {count:,}" for what, count in notes.items())
         warnings.warn(f"{path}: {said}", stacklevel=2)
     labels = None if labels is None else torch.as_tensor(labels)
-    found = ImageSet(as_tensor(images), labels, str(path), class_names)
-    return replace(found, name=path.stem)
+    whole = ImageSet(as_tensor(images), labels, str(path), class_names)
+    return replace(whole, name=path.stem)
 
 def spot_check(source:Source,   # a folder
                count:int=16,    # images to look at
@@ -367,11 +367,12 @@ def write_zip(path,                # where; a file there is replaced by a comple
         raise DataError(f"{path}: a zip holds uint8 images of 1 or 3 channels and "
                         f"sides up to {MAX_SIDE}, got {x.dtype} {list(x.shape)}")
     names = [f"{i//1000:05d}/img{i:08d}.png" for i in range(len(x))]
-    labels = image_set.labels
-    if labels is not None: labels = [list(pair) for pair in zip(names, labels.tolist())]
-    content = dict(labels=labels)
-    if image_set.class_names: content["class_names"] = list(image_set.class_names)
-    content = json.dumps(content)
+    meta:dict = dict(labels=None)
+    if image_set.labels is not None:
+        pairs = zip(names, image_set.labels.tolist())
+        meta["labels"] = [list(pair) for pair in pairs]
+    if image_set.class_names: meta["class_names"] = list(image_set.class_names)
+    content = json.dumps(meta)
     if len(content) > label_limit(len(x)):
         raise DataError(f"{path}: labels take {len(content):,} bytes, a zip holds at "
                         f"most {label_limit(len(x)):,} for {len(x):,} images; store "
@@ -424,9 +425,9 @@ def load_batches(path:Path,          # folder cifar-10-batches-py
     "The folder that the CIFAR-10 archive unpacks to. Raises `DataError`."
     names = [f"data_batch_{i}" for i in range(1, 6)]
     if split != "train": names = ["test_batch"]
-    images, labels = zip(*(read_batch(path/name) for name in names))
-    labels = torch.tensor([label for part in labels for label in part])
-    images = torch.from_numpy(np.concatenate(images))
+    batches = [read_batch(path/name) for name in names]
+    images = torch.from_numpy(np.concatenate([images for images, _ in batches]))
+    labels = torch.tensor([label for _, labels in batches for label in labels])
     return ImageSet(images, labels, "CIFAR-10", CIFAR10_CLASSES)
 
 # %% ../nbs/10_data.ipynb #8d1f4510
@@ -484,7 +485,7 @@ def warn_gaps(image_set:ImageSet,   # loaded whole
               path:Path,            # for the message
              ) -> None:
     "Say which classes have no image: a network would be asked for what it never saw."
-    if not image_set.is_class: return
+    if image_set.labels is None or image_set.labels.ndim > 1: return
     counts = image_set.labels.bincount(minlength=image_set.label_dim)
     if len(empty := (counts == 0).nonzero()[:, 0].tolist()):
         some = ", ".join(map(str, empty[:5])) + ", ..." * (len(empty) > 5)

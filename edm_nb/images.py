@@ -146,8 +146,9 @@ def pil_header(data:bytes,    # an encoded image
                 raise Unfit(f"is {image.mode}, expected grey or RGB; convert it, with "
                             "PIL: image.convert('RGB').save(...)")
             (width, height), turn = image.size, image.getexif().get(0x112, 1)
-            if image.format == "TIFF":
-                width, height = image.tag_v2[256], image.tag_v2[257]
+            if image.format == "TIFF":          # as stored: PIL has turned its size
+                tags = getattr(image, "tag_v2")
+                width, height = tags[256], tags[257]
             return Header(channels, height, width, turn if turn in range(1, 9) else 1)
 
 def is_deep(image) -> bool:   # a PIL image whose header was read

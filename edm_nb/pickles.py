@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'LITERALS', 'OPS', 'Name', 'Call', 'PickleReader', 'bytes_left', 'push', 'set_pairs', 'set_items', 'extend',
-           'pops_mark', 'remember', 'recall', 'find', 'call', 'latin1', 'build', 'persistent']
+           'pops_mark', 'pops', 'remember', 'recall', 'find', 'call', 'latin1', 'build', 'persistent']
 
 # %% ../nbs/26_pickles.ipynb #fedc49d6
 import io, os, pickletools
@@ -23,7 +23,7 @@ class Call:
     name: str            # dotted global, from the allow-list
     args: tuple = ()     # as found
     state: object = None # what BUILD would have set on the result
-    items: object = None # what SETITEMS would have put into it: a dict subclass
+    items: dict|None = None # what SETITEMS would have put into it: a dict subclass
 
 # %% ../nbs/26_pickles.ipynb #392faa20
 class PickleReader:
@@ -41,7 +41,8 @@ class PickleReader:
         self.file = io.BytesIO(data) if isinstance(data, (bytes, bytearray)) else data
         self.allowed, self.where, self.error = allowed, where, error
         self.max_ops = max_ops
-        self.stack, self.memo = [], {}
+        self.stack:list = []
+        self.memo:dict = {}
         self.budget = 4 * bytes_left(self.file) + 2**20    # of bytes from calls
 
     def fail(self, why:str):
@@ -129,7 +130,8 @@ def set_items(machine:PickleReader, items:list) -> None:
     "SETITEMS: into a dict, or noted on the `Call` that would have made a dict."
     target = machine.stack[-1]
     if type(target) is Call:
-        target.items = target = target.items if target.items is not None else {}
+        if target.items is None: target.items = {}
+        target = target.items
     if type(target) is not dict:
         machine.fail("damaged pickle (items set on something that is no dict)")
     set_pairs(machine, target, items)
@@ -145,8 +147,11 @@ def pops_mark(make):   # what to do with the machine and the items above the mar
     "An instruction that takes everything above the mark and pushes what is made of it."
     return lambda machine, arg: machine.stack.append(make(machine, machine.pop_mark()))
 
-OPS |= {f"TUPLE{n}": lambda machine, arg, n=n:
-        machine.stack.append(tuple(machine.pop(n))) for n in (1, 2, 3)}
+def pops(n:int):
+    "An instruction that makes a tuple of the topmost n values."
+    return lambda machine, arg: machine.stack.append(tuple(machine.pop(n)))
+
+OPS |= {f"TUPLE{n}": pops(n) for n in (1, 2, 3)}
 OPS |= {"TUPLE": pops_mark(lambda machine, items: tuple(items)),
         "LIST": pops_mark(lambda machine, items: items),
         "DICT": pops_mark(lambda machine, items: set_pairs(machine, {}, items)),
