@@ -46,8 +46,16 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
+def exact_levels(M=1000, C_1=0.001, C_2=0.008):
+    "iDDPM's levels from the solved recursion, u_j² + 1 = product of all later ratios; the package steps through the recursion."
+    j = torch.arange(M + 1, dtype=torch.float64)
+    bar = torch.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2
+    product = (bar[:-1] / bar[1:]).clamp(min=C_1).flip(0).cumprod(0).flip(0).reciprocal()
+    return torch.cat([(product - 1).sqrt(), torch.zeros(1, dtype=torch.float64)])
+
+
 def iddpm_level(c_noise):
-    return module.iddpm_levels()[999 - c_noise.round().long()]
+    return exact_levels()[999 - c_noise.round().long()]
 
 
 # What a network of each row has to do to find sigma, written without the module's own functions.
@@ -140,7 +148,7 @@ def test_other_rows_at_a_point_worked_by_hand():
     assert vp[:3] == pytest.approx([1, -0.75, 0.8])
     t = vp[3] / 999
     assert math.expm1(0.5 * 19.9 * t * t + 0.1 * t) == pytest.approx(0.75**2, rel=1e-12)
-    u = module.iddpm_levels()
+    u = exact_levels()
     assert [float(c) for c in iddpm_scalings(float(u[8]))] == pytest.approx([1, -80.2037, 1 / math.hypot(80.2037, 1), 991], rel=1e-6)
     assert [float(c) for c in v_scalings(1.0)] == pytest.approx([0.5, -math.sqrt(0.5), math.sqrt(0.5), 0.5])
     assert [float(c) for c in flow_scalings(3.0, time_scale=1000)] == pytest.approx([0.25, -0.75, 0.25, 750])
@@ -258,7 +266,7 @@ def test_integer_images_are_refused():
 def test_each_side_keeps_its_precision(net_dtype, dtype):
     net = Recorder(dtype=net_dtype)
     D = Preconditioned(net, iddpm_scalings)
-    out = D(torch.ones(2, 3, 4, 4, dtype=dtype), float(module.iddpm_levels()[1]))
+    out = D(torch.ones(2, 3, 4, 4, dtype=dtype), float(exact_levels()[1]))
     inputs, c_noise, _ = net.calls[0]
     assert inputs.dtype == net_dtype and out.dtype == torch.promote_types(dtype, torch.float32)
     assert c_noise.dtype == torch.promote_types(net_dtype, torch.float32) and c_noise.tolist() == [998.0, 998.0]
@@ -360,7 +368,7 @@ def test_sigma_data_per_channel():
 
 
 def test_range_and_rounding():
-    u = module.iddpm_levels()
+    u = exact_levels()
     D = Preconditioned(Conv(), iddpm_scalings)
     assert (D.sigma_min, D.sigma_max) == pytest.approx((float(u[999]), float(u[0])))
     torch.testing.assert_close(D.round_sigma(u), u, rtol=1e-11, atol=0)
@@ -376,7 +384,7 @@ def test_range_and_rounding():
     ve = Preconditioned(Conv(), ve_scalings, sigma_min=0.05)
     assert (ve.sigma_min, ve.sigma_max) == (0.05, 100.0)
     short = Preconditioned(Conv(), iddpm_scalings, M=100)
-    assert (short.round_sigma(1.0) - module.iddpm_levels(100)).abs().min() < 1e-10
+    assert (short.round_sigma(1.0) - exact_levels(100)).abs().min() < 1e-10
 
 
 # ---------------------------------------------------------------- settings
@@ -584,7 +592,7 @@ def float32_levels():
 
 def test_a_networks_own_levels_are_used_and_survive_json():
     u = float32_levels()
-    theirs = module.iddpm_levels()
+    theirs = exact_levels()
     assert (u.double() / theirs - 1)[:-1].abs().max() > 1e-4         # or the test could not tell the tables apart
     net = Recorder()
     D = Preconditioned(net, iddpm_scalings, levels=u)
@@ -601,7 +609,8 @@ def test_a_networks_own_levels_are_used_and_survive_json():
 
 def test_levels_are_not_rounded_with_the_weights():
     D = Preconditioned(Conv(), iddpm_scalings, M=50).to(torch.bfloat16)
-    assert D.levels.dtype == torch.float64 and torch.equal(D.levels, module.iddpm_levels(50))
+    assert D.levels.dtype == torch.float64
+    torch.testing.assert_close(D.levels, exact_levels(50), rtol=1e-11, atol=0)
     assert D.half().levels.dtype == torch.float64 and "levels" not in D.state_dict()
 
 
