@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .figures import COLOURS
-from .framework import LINEAR, VE, MixtureDenoiser, ode_derivative, score, vp_schedule
+from .framework import (LINEAR, VE, MixtureDenoiser, ode_derivative, score,
+                              vp_schedule)
 from .ode_solvers import (count_nfe, dpmpp_2m, edm_sigmas, euler, heun, multistep,
                                 ode_states, rk2)
 from .preconditioning import FLOW
