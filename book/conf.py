@@ -42,6 +42,7 @@ repository = f"https://github.com/{settings['DEFAULT']['user']}/{settings['DEFAU
 html_baseurl = settings["DEFAULT"].get("doc_host", "")
 html_favicon = str(HERE / "_static/favicon.svg")
 html_sidebars = {"**": ["navbar-logo.html", "sbt-sidebar-nav.html"]}    # one search box: the one in the header
+html_context = {"default_mode": "auto"}     # else the theme complains in the console of every new reader
 html_theme_options = {
     "show_navbar_depth": 1, "show_toc_level": 2, "home_page_in_toc": True, "use_fullscreen_button": False,
     "use_download_button": True, "repository_url": repository, "repository_branch": settings["DEFAULT"]["branch"],
