@@ -1,4 +1,4 @@
-"""Tests that train or start processes get the marker `training`, which `make test-fast` leaves out.
+"""Tests that train, compile, start processes or look at CIFAR-10 get the marker `training`, which `make test-fast` leaves out.
 
 Nobody has to remember to set it: a test is marked if its code, that of a helper which it calls in its module, or that of a fixture
 which it uses, names one of HEAVY.
@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-HEAVY = {"train", "fit", "demo", "subprocess", "Popen", "run_loop", "torchrun", "browser"}
+HEAVY = {"train", "fit", "demo", "run_loop", "subprocess", "Popen", "spawn", "get_context", "torchrun", "browser", "compile", "cifar10"}
 
 
 def words(function, module, seen):
@@ -29,7 +29,7 @@ def words(function, module, seen):
 
 
 def is_heavy(item):
-    "Whether a collected test trains or starts processes, as far as its source tells."
+    "Whether a collected test does one of these things, as far as its source tells."
     functions = [item.function, *(fixture[-1].func for fixture in item._fixtureinfo.name2fixturedefs.values())]
     return any(HEAVY & words(function, inspect.getmodule(function), set()) for function in functions
                if getattr(inspect.getmodule(function), "__file__", "").startswith(str(item.path.parent)))
