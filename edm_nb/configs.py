@@ -314,7 +314,7 @@ PRESETS = {
         DIGITS, images=130_000, batch=64, log_every=10_000, grid_every=20_000,
         network=dict(arch="tiny", model_channels=32, channel_mult=[1, 2], num_blocks=1),
         expected=dict(hardware="2 CPU cores", minutes=1.5, memory_gib=0.9,
-                      basis="processor time against the digits preset, on a busy machine")),
+                      basis="processor time beside the digits preset")),
     **{f"cifar10-{c}-{a}": cifar10_ladder(a, c == "cond")["F"]
        for c in ("cond", "uncond") for a in ("ddpmpp", "ncsnpp")},
     "cifar10-baseline": cifar10_ladder()["A"],

@@ -82,7 +82,7 @@ def loss_per_sigma(denoise:Callable,     # the denoiser
                               dtype=torch.float32), noise, weight, **cond)
     return torch.stack([loss(s).mean().cpu() for s in levels])
 
-# %% ../nbs/04_training.ipynb #b5804cdd
+# %% ../nbs/04_training.ipynb #436f014c
 def lognormal_quantile(u:Tensor,              # uniform in (0, 1), any shape
                        P_mean:float=-1.2,     # mean of ln σ
                        P_std:float=1.2,       # standard deviation of ln σ
@@ -90,7 +90,6 @@ def lognormal_quantile(u:Tensor,              # uniform in (0, 1), any shape
     "EDM: ln σ ~ N(P_mean, P_std²)."
     return (P_mean + P_std * math.sqrt(2) * torch.erfinv(2*u - 1)).exp()
 
-# %% ../nbs/04_training.ipynb #1f3eb572
 def vp_quantile(u:Tensor,                # uniform in (0, 1), any shape
                 epsilon_t:float=1e-5,    # smallest time
                 **rates,                 # beta_d and beta_min of the VP schedule

@@ -1,6 +1,7 @@
 """Trainings of chapter 04 that take too long for a notebook: claims C25 to C30.
 
     python studies/ladder.py digits     # all six claims on the digits -> results/training_digits.json
+    python studies/ladder.py leak       # C27 along the training -> results/training_leak.json
     python studies/ladder.py cifar16    # the ladder on 5,000 CIFAR-10 images at 16 x 16 -> results/training_cifar16.json
 
 The result file is rewritten after every run, and runs that it already holds are skipped: stop and start as you like.
@@ -133,30 +134,39 @@ def sigma_study(images=51_200):
     yield dict(study="sigma", row="centred, unconditional, held out"), config, job
 
 
+def one_distance(config, data, n):
+    "Train, sample with the averaged weights, measure."
+    *_, (record, denoiser) = averages(config, data)
+    images = draw(denoiser, data, n, ten_heun_steps(denoiser))
+    return images, dict(distance=distance(images, data), loss=record.loss, skipped=record.skipped, samples=n)
+
+
 def ladder_study(data, rows, n):
     "C29: the rows of Table 2."
     for row, config in rows.items():
-        def job(config):
-            *_, (record, denoiser) = averages(config, data)
-            return dict(distance=distance(draw(denoiser, data, n, ten_heun_steps(denoiser)), data), loss=record.loss,
-                        skipped=record.skipped, samples=n)
-        yield dict(study="ladder", row=row), config, job
+        yield dict(study="ladder", row=row), config, lambda config: one_distance(config, data, n)[1]
 
 
-def noise_study(data, n, marks=(12_800, 25_600)):
-    "C26: EDM's preconditioning and weight, four distributions of training noise, along the training."
-    rows = {"vp": dict(sigma="vp", sigma_args={}), "ve": dict(sigma="ve", sigma_args={}),
-            "edm, as published": dict(sigma_args={"P_mean": -1.2, "P_std": 1.2}), "edm": {}}
+def noise_study(data, n):
+    "C26: EDM's preconditioning and weight with VP's and VE's training noise; the log-normal is row E of the ladder."
+    for row in ("vp", "ve"):
+        config = dataclasses.replace(ROWS["E"], sigma=row, sigma_args={})
+        yield dict(study="noise levels", row=row), config, lambda config: one_distance(config, data, n)[1]
+
+
+def leakage_study(data, n):
+    "C27: strong augmentation (each transform with probability 1/2), told and not told to the network, and none at all."
+    strong = dict(augment=0.5, augment_args={"xflip": 0.0, "yflip": 0.0})
+    rows = {"told": strong, "not told": strong | dict(augment_labels=False), "no augmentation": dict(augment=0.0)}
     for row, change in rows.items():
         def job(config):
-            found = {record.images: distance(draw(denoiser, data, n, ten_heun_steps(denoiser)), data)
-                     for record, denoiser in averages(config, data, marks)}
-            return dict(distances=found, samples=n)
-        yield dict(study="noise", row=row), dataclasses.replace(ROWS["E"], **change), job
+            images, numbers = one_distance(config, data, n)
+            return numbers | orientation_and_spread(images, data.labels[:n])
+        yield dict(study="leakage", row=row), dataclasses.replace(ROWS["E"], **change), job
 
 
 def leak_study(data, n, marks=(25_600, 51_200, 102_400)):
-    "C27: the paper's share of augmented images, told to the network or not, and none at all, along the training."
+    "C27 along the training, with the paper's share of augmented images. Not run yet: fifteen minutes of a core."
     mild = dict(augment=0.12, augment_args={"xflip": 0.0, "yflip": 0.0})
     for row, change in {"told": mild, "not told": mild | dict(augment_labels=False), "none": {}}.items():
         def job(config):
@@ -169,7 +179,7 @@ def leak_study(data, n, marks=(25_600, 51_200, 102_400)):
 
 
 def ema_study(data, n, halflives=(250, 1_000, 4_000, 16_000)):
-    "C28: the raw weights, the average that the configuration makes, and others without ramp-up, of one training."
+    "C28: the raw weights (half-life 0) and averages without ramp-up, of one training."
     def job(config):
         kept, seen = {}, 0
         for record in train(dataclasses.replace(config, log_every=config.batch), data=data, device="cpu"):
@@ -179,7 +189,7 @@ def ema_study(data, n, halflives=(250, 1_000, 4_000, 16_000)):
             seen = record.images
         raw = copy.deepcopy(record.state.denoiser).eval()
         measure = lambda D: distance(draw(D, data, n, ten_heun_steps(D)), data)
-        found = {"raw": measure(raw), "with ramp-up": measure(ema_denoiser(record.state))}
+        found = {"0": measure(raw)}
         return dict(distances=found | {str(H): measure(ema.copy_to(raw)) for H, ema in kept.items()}, samples=n)
     yield dict(study="ema", row="half-lives"), ROWS["E"], job
 
@@ -234,9 +244,9 @@ def digits_studies(n):
     data = digits()
     about = dict(data="digits, 1,797 images of 8 x 8", features="pixels, 64", samples=n, floors=floors(data, n),
                  clean=orientation_and_spread(data.images, data.labels))
-    return [sigma_study, *(functools.partial(crossed_study, data, n, rows) for rows in (("vp", "edm"), ("ve", "iddpm"))),
-            functools.partial(ladder_study, data, ROWS, n),
-            *(functools.partial(study, data, n) for study in (ema_study, noise_study, leak_study))], about
+    older = (functools.partial(ladder_study, data, ROWS), *(functools.partial(f, data) for f in (leakage_study, noise_study, ema_study)))
+    crossed = [functools.partial(crossed_study, data, n, rows) for rows in (("vp", "edm"), ("ve", "iddpm"))]
+    return [sigma_study, *crossed, *(functools.partial(study, n) for study in older)], about
 
 
 def cifar_studies(n):
@@ -251,10 +261,11 @@ def cifar_studies(n):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "cifar16"])
+    parser.add_argument("what", choices=["digits", "leak", "cifar16"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, help="fewer samples, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    studies, about = digits_studies(args.samples or 1_797) if args.what == "digits" else cifar_studies(args.samples or 1_000)
+    studies, about = cifar_studies(args.samples or 500) if args.what == "cifar16" else digits_studies(args.samples or 1_797)
+    if args.what == "leak": studies = [functools.partial(leak_study, digits(), args.samples or 1_797)]
     work_through(studies, args.out/f"training_{args.what}.json", about, args.seeds)
