@@ -36,8 +36,9 @@ export: $(STAMP)  ## write edm_nb/ from the notebooks
 tidy: $(STAMP)  ## clean the notebooks' metadata and write edm_nb/ anew; the outputs stay
 	$(BIN)/python book/check.py --fix
 
-check: $(STAMP)  ## what takes seconds: the export is fresh, the notebooks are clean
+check: $(STAMP)  ## what takes seconds: the export is fresh, the notebooks are clean, no name is undefined
 	$(BIN)/python book/check.py
+	$(BIN)/ruff check -q --select E9,F63,F7,F82 .
 
 run: $(STAMP)  ## execute the notebooks and keep the outputs in nbs/, cleaned
 	$(BIN)/python book/execute.py --in-place
