@@ -59,7 +59,7 @@ class TrainConfig:
     grid_every:int = 0                 # images between sample grids; 0: none
     keep_every:int = 0                 # images between models that stay; 0: none
     max_bad:int = 10                   # non-finite updates in a row that end the run
-    sampling:dict = field(default_factory=dict)        # defaults of `sample`: sigma_min, ...
+    sampling:dict = field(default_factory=dict)        # of `sample`: sigma_min, ...
     expected:dict = field(default_factory=dict)        # hardware, time, memory; a note
 
     def __post_init__(self):

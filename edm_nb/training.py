@@ -18,14 +18,13 @@ from .framework import iddpm_levels, vp_schedule
 from .preconditioning import edm_weight, Preconditioned
 from .randomness import IndexStream, stream_seed
 
-# %% ../nbs/04_training.ipynb #ab591533
+# %% ../nbs/04_training.ipynb #33790bbe
 def inverse_square_weight(sigma:Tensor,           # noise levels, any shape
                           sigma_data:float=0.5,   # unused: these rows do not know it
                          ) -> Tensor:             # same shape as `sigma`
     "The loss weight λ(σ) = 1/σ² that VP, VE and iDDPM share (Table 1)."
     return sigma**-2
 
-# %% ../nbs/04_training.ipynb #33790bbe
 def edm_loss(denoise:Callable,             # `denoise(x, sigma, **cond) -> D`
              images:Tensor,                # clean images y in [-1, 1], `[B, ...]`
              sigma:Tensor,                 # one noise level per image, `[B]`
