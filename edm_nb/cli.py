@@ -165,7 +165,10 @@ def check_choice(value:str|None, name:str, known:tuple) -> None:
 
 def must_exist(path:Path|str, what:str, names:tuple=()) -> None:
     "Refuse a path that leads nowhere."
-    if str(path) in names or Path(path).exists(): return
+    if str(path) in names: return
+    if Path(path).exists():
+        if Path(path).resolve() != Path(path).resolve().parent: return
+        raise UsageError(f"{path} is the whole disk; name a folder or a file")
     known = f"{', '.join(names)}, or " if names else ""
     raise UsageError(f"no {what} at {path}; expected {known}a file or folder that "
                      "exists")

@@ -519,10 +519,12 @@ def demo(out:Path, seed:int=0, images:int|None=None, device:str|None="cpu",
          overwrite:bool=False, timeout:float=600) -> dict:   # what demo.json holds
     "Train a class-conditional model on handwritten digits, sample it and measure it."
     started, folder = time.perf_counter(), None if overwrite else out
-    config = lengthen(PRESETS["digits"], dict(seed=seed, images=images), folder, True)
+    config = lengthen(PRESETS["demo"], dict(seed=seed, images=images), folder, True)
     with join_team(device, timeout) as team:
         on_first(team, lambda: check_run(out))
         say(team, f"digits: {describe(config)}")
+        if config.grid_every:
+            say(team, f"a picture every {config.grid_every:,} images in {out/'samples'}")
         data, record = load_data(config), None
         records = run_training(config, out, data, device, timeout, overwrite)
         for record in follow(records, config, team.rank): pass
