@@ -42,7 +42,6 @@ def edm_weight(sigma:Tensor|float,           # noise level, any shape, > 0
     sigma = as_sigma(sigma)
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2
 
-# %% ../nbs/03_preconditioning.ipynb #d68289c3
 def loss_weight(sigma:Tensor|float,          # noise level, any shape, > 0
                 scalings:Callable|None=None, # the row; EDM's by default
                 **constants,                 # the row's constants, such as `sigma_data`
@@ -98,7 +97,6 @@ def nearest_level(sigma:Tensor|float,  # noise level, any shape
     exact = sigma[..., None].to(state_dtype(sigma.device))
     return (exact - levels.to(exact)).abs().argmin(-1)
 
-# %% ../nbs/03_preconditioning.ipynb #b3d7d97e
 def iddpm_scalings(sigma:Tensor|float,      # noise level, any shape
                    M:int=1000,              # number of training levels
                    C_1:float=0.001,         # smallest ratio of neighbouring ᾱ
@@ -155,7 +153,6 @@ def flow_scalings(sigma:Tensor|float,   # noise level, any shape
     c_in = 1 / (1 + sigma)
     return c_in.clone(), -sigma * c_in, c_in, time_scale * sigma * c_in
 
-# %% ../nbs/03_preconditioning.ipynb #8b88a792
 SCALINGS = {"edm": edm_scalings, "vp": vp_scalings, "ve": ve_scalings,
             "iddpm": iddpm_scalings, "v": v_scalings, "flow": flow_scalings}
 
