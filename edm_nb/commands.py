@@ -524,7 +524,8 @@ def demo(out:Path, seed:int=0, images:int|None=None, device:str|None="cpu",
         on_first(team, lambda: check_run(out))
         say(team, f"digits: {describe(config)}")
         if config.grid_every:
-            say(team, f"a picture every {config.grid_every:,} images in {out/'samples'}")
+            say(team, f"a picture every {config.grid_every:,} images in "
+                      f"{out/'samples'}")
         data, record = load_data(config), None
         records = run_training(config, out, data, device, timeout, overwrite)
         for record in follow(records, config, team.rank): pass
