@@ -319,7 +319,7 @@ def sample(denoise:Callable,          # D(x; sigma, **cond)
         sums.append(peak(x))
     return remove_scale(require_finite(x, sums[1:], levels), levels[-1], schedule)
 
-# %% ../nbs/02_stochastic.ipynb #895456e0
+# %% ../nbs/02_stochastic.ipynb #ee1cfd1a
 def heun_in_place(flow:Flow,      # with σ = t and s = 1
                   x_hat:Tensor,   # `[B, ...]`, state at t_hat; becomes the state at t
                   t_hat:float,    # where the step starts
@@ -355,7 +355,7 @@ def langevin_loop(flow:Flow,            # with σ = t and s = 1
         x, buffer = heun_in_place(flow, x_hat, t_hat, t, x), x
         yield x
 
-# %% ../nbs/02_stochastic.ipynb #26fff77c
+# %% ../nbs/02_stochastic.ipynb #41db588b
 def pick(states:Iterator[Tensor],  # state 0, 1, 2, ... of a loop that reuses its memory
          at:list[int],             # which to report, rising
         ) -> Iterator[tuple[int, Tensor]]:  # (number, copy)
@@ -390,7 +390,7 @@ def langevin_states(denoise:Callable,       # D(x; sigma, **cond)
     loop = langevin_loop(Flow(denoise, **cond), x, sigma, gamma, S_noise, randn_like)
     return pick(itertools.chain([x], loop), at)
 
-# %% ../nbs/02_stochastic.ipynb #6c1afe9e
+# %% ../nbs/02_stochastic.ipynb #f66ebebf
 def langevin(denoise:Callable,       # D(x; sigma, **cond)
              x:Tensor,               # `[B, ...]`, images with noise of level sigma
              sigma:float,            # the noise level that is held
