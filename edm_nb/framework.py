@@ -220,11 +220,11 @@ def vp_schedule(beta_d:float=19.9,      # slope of the rate β_VP(t) = β_min + 
     """Variance-preserving schedule: s(t)² (1 + sigma(t)²) = 1 (Table 1, VP).
 
     ValueError unless sigma(t) is real and increases from epsilon_s to 1."""
-    L = lambda t: 0.5 * beta_d * as_time(t)**2 + beta_min * as_time(t)   # ln(1 + sigma²)
-    beta_vp = lambda t: beta_d * as_time(t) + beta_min                   # dL/dt
+    L = lambda t: 0.5 * beta_d * as_time(t)**2 + beta_min * as_time(t)  # ln(1 + sigma²)
+    beta_vp = lambda t: beta_d * as_time(t) + beta_min                  # dL/dt
     if not 0 < epsilon_s < 1:
         raise refusal("epsilon_s", "a time between 0 and 1", epsilon_s)
-    rates = beta_d * epsilon_s + beta_min, beta_d + beta_min             # linear between
+    rates = beta_d * epsilon_s + beta_min, beta_d + beta_min            # linear between
     if not (0 < min(rates) and max(rates) < math.inf and L(epsilon_s) > 0):
         raise refusal("beta_d and beta_min", "such that sigma(t) rises from "
                       f"{epsilon_s} to 1", f"{beta_d} and {beta_min}")

@@ -253,8 +253,8 @@ def explain_non_finite(denoise:Callable,  # as the sampler got it
         if found: return ("the denoiser returned NaN or infinite values at step "
                           f"{i - 1}, sigma = {found[0]:.6g}")
         if not is_finite(x):
-            return (f"the state left the range of {x.dtype} at step {max(i - 1, 0)}, "
-                    "although the denoiser was finite: use a wider dtype")
+            return (f"the state became NaN or infinite at step {max(i - 1, 0)} although"
+                    f" the denoiser was finite: the range of {x.dtype} or the solver")
     return ("the result has NaN or infinite elements, but a second run of the same "
             "denoiser was finite")
 

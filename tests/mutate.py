@@ -78,6 +78,7 @@ MUTATIONS = [
     Mutation("no Euler fallback", "ode_solvers", "if flow.at(t_next)[0] == 0: return x_euler", "", "solver"),
     Mutation("alpha family", "ode_solvers", "w = 1 / (2*alpha)", "w = 1 / (1 + alpha)", "solver"),
     Mutation("Adams-Bashforth", "ode_solvers", "basis.integ()(1.0)", "basis.integ()(0.9)", "solver"),
+    Mutation("DPM-Solver++, extrapolation", "ode_solvers", "-h / (2 * (level_before - level))", "-h / (level_before - level)", "solver"),
     Mutation("slope of Eq. 4", "ode_solvers", "-h*dsigma/sigma)", "-h*dsigma*sigma)", "solver"),
     # chapter 02: Algorithm 2 and Eq. 6
     Mutation("gamma, min", "stochastic", "gamma = min(churn.S_churn/n, MAX_GAMMA)", "gamma = max(churn.S_churn/n, MAX_GAMMA)", "churn"),
