@@ -184,7 +184,8 @@ def only_for(context:typer.Context, names:tuple, what:str) -> None:
 # %% ../nbs/15_cli.ipynb #32edd09e
 # Names that the commands know, repeated here so that a wrong one is refused at once;
 # a test compares them with those of `generation` and `commands`.
-SOLVERS = ("heun", "euler", "midpoint", "ralston", "ab2", "ab3", "ab4")
+SOLVERS = ("heun", "euler", "midpoint", "ralston", "ab2", "ab3", "ab4",
+           "dpmpp_2m")
 ROWS = ("edm", "vp", "ve", "iddpm")
 SETS = ("digits", "cifar10", "cifar10-test")
 FEATURES = ("pixels", "cifar-features", "inception")

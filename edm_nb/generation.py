@@ -21,7 +21,8 @@ from .checks import check_sigmas, state_dtype
 from .data import one_hot, to_uint8
 from .framework import LINEAR, Schedule, VE, vp_schedule
 from edm_nb.ode_solvers import (
-    count_nfe, edm_sigmas, euler, heun, iddpm_sigmas, multistep, rk2, ve_sigmas,
+    count_nfe, dpmpp_2m, edm_sigmas, euler, heun, iddpm_sigmas, multistep, rk2,
+    ve_sigmas,
     vp_sigmas
 )
 from .preconditioning import Preconditioned
@@ -82,7 +83,8 @@ ROWS = {"edm": SamplerRow(edm_sigmas, LINEAR, "heun"),
         "iddpm": SamplerRow(iddpm_sigmas, LINEAR, "euler")}
 
 SOLVERS = {"heun": heun, "euler": euler, "midpoint": rk2(1/2), "ralston": rk2(2/3),
-           "ab2": multistep(2), "ab3": multistep(3), "ab4": multistep(4)}
+           "ab2": multistep(2), "ab3": multistep(3), "ab4": multistep(4),
+           "dpmpp_2m": dpmpp_2m}
 
 MOST_STEPS = 10_000
 
