@@ -38,7 +38,7 @@ tidy: $(STAMP)  ## clean the notebooks' metadata and write edm_nb/ anew; the out
 
 check: $(STAMP)  ## what takes seconds: the export is fresh, the notebooks are clean, no name is undefined
 	$(BIN)/python book/check.py
-	$(BIN)/ruff check -q --select E9,F63,F7,F82 .
+	$(BIN)/ruff check -q .
 
 run: $(STAMP)  ## execute the notebooks and keep the outputs in nbs/, cleaned
 	$(BIN)/python book/execute.py --in-place

@@ -432,7 +432,7 @@ def sample(model:Path,                   # a checkpoint or a run folder
           ) -> dict:                     # out, n, evaluations
     "Draw images by seed and write them."
     known = known_about(model, at)
-    vectors, as_folder = label_vectors(known, labels, classes), not out.suffix in FORMS
+    vectors, as_folder = label_vectors(known, labels, classes), out.suffix not in FORMS
     sampling = own_range(sampling, known)
     facts = known.get("data") if isinstance(known.get("data"), dict) else {}
     latents = facts.get("dtype") == "float32" and out.suffix == ".npz"

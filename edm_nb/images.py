@@ -147,7 +147,7 @@ def pil_header(data:bytes,    # an encoded image
                             "PIL: image.convert('RGB').save(...)")
             (width, height), turn = image.size, image.getexif().get(0x112, 1)
             if image.format == "TIFF":          # as stored: PIL has turned its size
-                tags = getattr(image, "tag_v2")
+                tags = image.tag_v2
                 width, height = tags[256], tags[257]
             return Header(channels, height, width, turn if turn in range(1, 9) else 1)
 
@@ -173,7 +173,7 @@ def image_header(data:bytes,    # an encoded image
 def jpeg_decoder():           # uint8 tensor of file bytes -> uint8 `[C, H, W]`, or None
     "Torchvision's operator, where this version of torchvision has it."
     try:
-        import torchvision.io
+        import torchvision.io  # noqa: F401 (registers the operator)
         return torch.ops.image.decode_jpeg
     except (ImportError, AttributeError): return None
 

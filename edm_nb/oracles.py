@@ -199,7 +199,7 @@ class IdealDenoiser:
                    mean:bool) -> tuple[Tensor|float, Tensor]:
         "D and log p of a few queries over one slice of the images."
         Y, half = self.flat[rows], self.half[rows]
-        n, (b, d) = Y.shape[0], x.shape
+        n, d = Y.shape[0], x.shape[1]
         centred, k = x - self.mean, min(self.refine, n)
         logits, top, rounding, runner_up = refined_logits(centred, sigma, Y, half, k)
         total = logits.logsumexp(1)

@@ -11,7 +11,6 @@ from edm_nb import generation as G
 from edm_nb.networks import tiny
 from edm_nb.ode_solvers import edm_sigmas
 from edm_nb.preconditioning import Preconditioned, iddpm_scalings, ve_scalings, vp_scalings
-from edm_nb.randomness import SeededNoise
 
 ROOT = Path(__file__).resolve().parent.parent
 

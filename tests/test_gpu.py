@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edm_nb import training as T
-from edm_nb import configs, folders, generation, runs, updates
+from edm_nb import configs, generation, runs, updates
 from edm_nb.data import digits, find_cifar10
 from edm_nb.ode_solvers import edm_sigmas
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from edm_nb import checkpoints, configs, folders, runs, updates
-from edm_nb.data import digits, ImageSet
+from edm_nb.data import ImageSet
 
 TOY = dataclasses.replace(configs.PRESETS["toy"], batch=32, images=64, lr_rampup=32, log_every=32, save_every=32,
                           network=dict(arch="tiny", model_channels=4, channel_mult=[1], num_blocks=1))
