@@ -130,7 +130,7 @@ def not_measured(ax,              # matplotlib axis; its labels stay
             ha="center", va="center", color="#555555",
             bbox=dict(facecolor="white", edgecolor="#AAAAAA", boxstyle="round,pad=0.5"))
 
-def made_on(result:dict|None,   # what `benchmarks/gpu_report.py` wrote, or None
+def made_on(result:dict|None,   # what `studies/gpu` wrote, or None
            ) -> str:            # for a title
     "On what a GPU result was measured."
     if result is None: return "not yet measured"

@@ -3,7 +3,7 @@
     pytest -m gpu                                   # to the shortest snapshot recorded in results/gpu
     EDM_NB_GPU_MINUTES=10 pytest -m gpu             # to the longest recorded one of at most ten minutes
 
-`benchmarks/gpu_report.py` writes the record. Where there is none, the test is skipped: it knows no number of its own.
+`studies/gpu` writes the record. Where there is none, the test is skipped: it knows no number of its own.
 """
 import dataclasses
 import json
@@ -43,17 +43,17 @@ def target(folder, against, minutes=None):
     So the minutes choose a recorded snapshot, and a slower GPU takes longer to get there.
     """
     path = Path(folder) / "model.json"
-    if not path.exists(): raise NotMeasured("not yet measured: run benchmarks/gpu_report.py on a CUDA machine")
+    if not path.exists(): raise NotMeasured("not yet measured: run python -m studies.gpu on a CUDA machine")
     record = json.loads(path.read_text())
-    if record["toy"]: raise NotMeasured(f"{path} comes from a toy run, which measures nothing: run benchmarks/gpu_report.py without --toy")
+    if record["toy"]: raise NotMeasured(f"{path} comes from a toy run, which measures nothing: run python -m studies.gpu without --toy")
     for name in ("features", "features_hash", "reference_hash"):
         if record[name] != against[name]:
             raise NotMeasured(f"{path} has {name} {record[name][:16]}, this machine {against[name][:16]}: distances in other features or "
-                              "to other images do not compare; run benchmarks/gpu_report.py again, or use its data")
+                              "to other images do not compare; run python -m studies.gpu again, or use its data")
     rows = [row for row in G.good(record["rows"]) if row["weights"] == "ema" and row["churn"] == "none"]
     rows = sorted(rows, key=lambda row: (row["minutes"], -row["n"]))      # of one snapshot the fewest samples come last
     known = sorted({row["minutes"] for row in rows})
-    if not rows: raise NotMeasured(f"{path} holds no distance of averaged weights; run benchmarks/gpu_report.py --redo model")
+    if not rows: raise NotMeasured(f"{path} holds no distance of averaged weights; run python -m studies.gpu --redo model")
     if minutes is not None and minutes < known[0]:
         raise NotMeasured(f"nothing is recorded for {minutes:g} minutes; the snapshots of {path} are at {known} minutes")
     row = [row for row in rows if row["minutes"] <= (known[0] if minutes is None else minutes)][-1]
@@ -106,7 +106,7 @@ def test_the_threshold_is_that_of_the_recorded_snapshot(tmp_path, minutes, snaps
 
 
 def test_no_record_no_threshold(tmp_path):
-    with pytest.raises(NotMeasured, match="not yet measured: run benchmarks/gpu_report.py"): target(tmp_path, AGAINST)
+    with pytest.raises(NotMeasured, match="not yet measured: run python -m studies.gpu"): target(tmp_path, AGAINST)
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -597,7 +597,7 @@ def test_absurd_numbers_of_steps_are_refused(levels):
 
 def test_cosine_moments_and_the_file_of_the_book(monkeypatch):
     from safetensors import safe_open
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "studies")
     import spectrum
     basis = spectrum.cosine_basis(8)
     torch.testing.assert_close(basis @ basis.T, torch.eye(8, dtype=torch.float64))

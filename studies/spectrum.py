@@ -1,6 +1,6 @@
 """Mean and standard deviation of the cosine coefficients of CIFAR-10: the exact problem "with the spectrum of photographs".
 
-    python benchmarks/spectrum.py            # writes results/cifar10_spectrum.safetensors (25 kB); a few seconds
+    python studies/spectrum.py            # writes results/cifar10_spectrum.safetensors (25 kB); a few seconds
 
 Chapters 00 and 01 measure samplers on a Gaussian with these moments. They read the file, so that their numbers are the same
 whether the data set is installed or not. The metadata of the file name the source and the number of images. The book's own
@@ -9,14 +9,17 @@ the finest waves; a run on another copy gives other last digits.
 """
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
-from record import RESULTS, now
-from safetensors.torch import save_file
 
-from edm_nb.data import cifar10, find_cifar10, to_float
-from edm_nb.files import write_atomic
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from record import RESULTS, now  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from edm_nb.data import cifar10, find_cifar10, to_float  # noqa: E402
+from edm_nb.files import write_atomic  # noqa: E402
 
 
 def cosine_basis(n):

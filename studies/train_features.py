@@ -1,6 +1,6 @@
 """Train `cifar-features`, the small network behind the offline distance on 32×32 colour images.
 
-    python benchmarks/train_features.py --train TRAIN.zip --test TEST.zip [--epochs 10] [--second 6] [--threads 1]
+    python studies/train_features.py --train TRAIN.zip --test TEST.zip [--epochs 10] [--second 6] [--threads 1]
 
 A plain stack of convolutions (whitening layer, three blocks of two 3×3 convolutions, global mean) learns the ten classes
 of CIFAR-10. Batch normalisation exists only while training: it has no gain, so it folds into the convolutions, and the
@@ -11,17 +11,19 @@ shipped network is convolution + GELU and nothing that depends on the batch. Wri
 
 A checkpoint after every epoch makes the run resumable: start the same command again and it goes on.
 """
-import argparse, copy, hashlib, json, time
+import argparse, copy, hashlib, json, sys, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import ROOT, gpu_name, hardware_line, now, versions, write_json
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from edm_nb.data import load_images
-from edm_nb.files import file_hash, write_atomic
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from record import ROOT, gpu_name, hardware_line, now, versions, write_json  # noqa: E402
+
+from edm_nb.data import load_images  # noqa: E402
+from edm_nb.files import file_hash, write_atomic  # noqa: E402
 
 ASSETS = ROOT / "edm_nb" / "assets"
 WIDTHS = (64, 128, 256)

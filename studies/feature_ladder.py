@@ -1,20 +1,22 @@
 """Does `cifar-features` behave like a distance? Noise, blur, JPEG, missing and unequal classes in growing levels; the floor; bias against n.
 
-    EDM_NB_CIFAR10=TRAIN.zip python benchmarks/feature_ladder.py [--n 5000] [--repeats 3]
+    EDM_NB_CIFAR10=TRAIN.zip python studies/feature_ladder.py [--n 5000] [--repeats 3]
 
 Damaged training images are compared with the statistics of the whole test set; subsets differ between repetitions. The images
 are stored as JPEG of quality 75, so the JPEG ladder moves the grid of blocks by half a block, and a finer curve compares
 it with the same grid. Writes results/feature_ladder.json.
 """
-import argparse, json, time
+import argparse, json, sys, time
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from record import RESULTS, hardware_line, now, versions, write_json
-from edm_nb import metrics
-from edm_nb import features, frechet
-from edm_nb.data import cifar10
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from record import RESULTS, hardware_line, now, versions, write_json  # noqa: E402
+
+from edm_nb import features, frechet, metrics  # noqa: E402
+from edm_nb.data import cifar10  # noqa: E402
 
 NOISE, BLUR, QUALITY = (0.02, 0.04, 0.08, 0.16, 0.32), (0.5, 0.8, 1.2, 2.0), (75, 50, 25, 12, 5)
 QUALITIES, JPEG_N = (95, 75, 60, 50, 40, 33, 25, 18, 12, 8, 5), 2000
