@@ -15,7 +15,7 @@ ifneq ($(strip $(EDM_NB_CIFAR10)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install export tidy check browser run book test test-fast package newest-nbdev lab bench demo clean
+.PHONY: help install export tidy check browser run book test test-fast package newest-nbdev lab bench studies demo clean
 
 help:  ## show the targets (the default)
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,15 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 
 bench: $(STAMP)  ## run the benchmarks that need no GPU
 	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+studies: $(STAMP)  ## list the studies; STUDY="churn quality" runs one (minutes to hours)
+ifeq ($(strip $(STUDY)),)
+	@for file in studies/*.py; do printf '%-16s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/"""//gp' $$file)"; done
+	@printf '%-16s %s\n' gpu "$$(sed -n '1s/"""//gp' studies/gpu/command.py) (python -m studies.gpu --help)"
+	@echo 'Run one with: make studies STUDY="NAME [arguments]"; STUDY="NAME --help" explains it.'
+else
+	$(BIN)/python studies/$(firstword $(STUDY))$(if $(wildcard studies/$(firstword $(STUDY))/__main__.py),,.py) $(wordlist 2,$(words $(STUDY)),$(STUDY))
+endif
 
 demo: $(STAMP)  ## train, sample and measure a digits model (a few minutes)
 	$(BIN)/edm-nb demo --out runs/demo

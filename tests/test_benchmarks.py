@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path for folder in ("benchmarks", "studies") for path in (ROOT / folder).glob("*.py") if path.name != "record.py")
+SCRIPTS.append(ROOT / "studies/gpu/__main__.py")
 
 
 @pytest.fixture(scope="module")

@@ -211,10 +211,13 @@ OTHERS = {   # file: for what it calls a sampler or makes streams itself; everyt
     "edm_nb/generation.py": "this function",
     "edm_nb/widgets.py": "pictures of paths, not images by seed",
     "benchmarks/explorer.py": "numbers of the explorer's pages",
-    "benchmarks/gpu_report.py": "correctness and speed of the samplers; Langevin iterations from real images",
     "benchmarks/samplers.py": "times the samplers",
     "benchmarks/stochastic.py": "times the samplers and the noise",
     "studies/churn.py": "Langevin iterations from real images; Euler-Maruyama with the same streams",
+    "studies/gpu/artefacts.py": "Langevin iterations from real images",
+    "studies/gpu/correctness.py": "the samplers against float64",
+    "studies/gpu/report.py": "the sampler that it hands to `generate`",
+    "studies/gpu/sampling.py": "times the sampler",
     "studies/ladder.py": "its noise is one tensor, so that all rows of a seed share it",
     "studies/precond_study.py": "vectors, not images",
     "studies/solver_study.py": "truncation errors against a fine solution from the same noise; adaptive solver",
@@ -246,4 +249,4 @@ def test_the_callers_of_generate_are_known():
     "Commands, grids of a run, models of the studies, the GPU report: they call the one function; `measure` is handed it."
     callers = {name for name, tree in scripts() for n in ast.walk(tree) if isinstance(n, ast.Call)
                and "generate" in (getattr(n.func, "id", ""), *(getattr(a, "id", "") for a in n.args))}
-    assert {"edm_nb/commands.py", "edm_nb/measuring.py", "edm_nb/folders.py", "benchmarks/gpu_report.py", "studies/digits_model.py"} <= callers, callers
+    assert {"edm_nb/commands.py", "edm_nb/measuring.py", "edm_nb/folders.py", "studies/gpu/report.py", "studies/digits_model.py"} <= callers, callers

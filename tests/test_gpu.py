@@ -20,8 +20,12 @@ from edm_nb.data import digits, find_cifar10
 from edm_nb.ode_solvers import edm_sigmas
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu_report as G  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from studies.gpu.command import parse  # noqa: E402
+from studies.gpu.correctness import correctness  # noqa: E402
+from studies.gpu.model import model  # noqa: E402
+from studies.gpu.report import Report  # noqa: E402
+from studies.gpu.session import good  # noqa: E402
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CIFAR = pytest.mark.skipif(find_cifar10("train") is None, reason="CIFAR-10 not found: set EDM_NB_CIFAR10")
@@ -50,7 +54,7 @@ def target(folder, against, minutes=None):
         if record[name] != against[name]:
             raise NotMeasured(f"{path} has {name} {record[name][:16]}, this machine {against[name][:16]}: distances in other features or "
                               "to other images do not compare; run python -m studies.gpu again, or use its data")
-    rows = [row for row in G.good(record["rows"]) if row["weights"] == "ema" and row["churn"] == "none"]
+    rows = [row for row in good(record["rows"]) if row["weights"] == "ema" and row["churn"] == "none"]
     rows = sorted(rows, key=lambda row: (row["minutes"], -row["n"]))      # of one snapshot the fewest samples come last
     known = sorted({row["minutes"] for row in rows})
     if not rows: raise NotMeasured(f"{path} holds no distance of averaged weights; run python -m studies.gpu --redo model")
@@ -140,13 +144,13 @@ def test_what_counts_as_reached(found, skipped, good):
 def test_toy_run_is_recorded_and_reached_again(tmp_path):
     "The path of the GPU test on the CPU: a toy report is written, its flag removed, and its numbers must come again to the digit."
     toy = ["--toy", "--device", "cpu", "--sample-batch", "8", "--minutes", "0.05", "--marks", "1e-5", "--out", str(tmp_path)]
-    report = G.Report(G.parse(toy))
-    record = report.run(G.model)
+    report = Report(parse(toy))
+    record = report.run(model)
     with pytest.raises(NotMeasured, match="toy"): target(tmp_path, report.measured_against())
     (tmp_path / "model.json").write_text(json.dumps(record | dict(toy=False)))
     for minutes in (None, 1):
         goal = target(tmp_path, report.measured_against(), minutes)
-        found, last = run_again(goal, G.Report(G.parse(toy)))
+        found, last = run_again(goal, Report(parse(toy)))
         assert found == pytest.approx(goal["recorded"], rel=1e-6) and last.images == goal["config"].images
         check(found, goal, last)
     assert goal["minutes"] == 0.05
@@ -160,7 +164,7 @@ def test_toy_run_is_recorded_and_reached_again(tmp_path):
 @CIFAR
 def test_cifar10_reaches_the_recorded_distance():
     minutes = os.environ.get("EDM_NB_GPU_MINUTES")
-    report = G.Report(G.parse(["--device", "cuda"]))
+    report = Report(parse(["--device", "cuda"]))
     try: goal = target(ROOT / "results/gpu", report.measured_against(), float(minutes) if minutes else None)
     except NotMeasured as reason: pytest.skip(str(reason))
     report.args.seed, report.args.sample_batch = goal["seed"], goal["sample_batch"]
@@ -172,7 +176,7 @@ def test_cifar10_reaches_the_recorded_distance():
 @CUDA
 def test_the_device_computes_what_the_cpu_does():
     "Against float64 on the CPU, within the tolerances that the report states; those of the record, where there is one, bind as well."
-    result = G.correctness(G.Report(G.parse(["--device", "cuda"])))
+    result = correctness(Report(parse(["--device", "cuda"])))
     assert result["passed"], {name: result["errors"][name] for name in result["failed"]}
     path = ROOT / "results/gpu/correctness.json"
     if path.exists():
