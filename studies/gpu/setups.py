@@ -12,7 +12,7 @@ from studies.gpu.session import in_words
 def model_config(report, **changes):
     "The configuration that is trained for the book: the preset, but the clock ends it and the average knows no fixed half-life."
     if report.toy:
-        changes = {**changes, "batch": 16, "images": 96, "log_every": 16, "save_every": 32, "lr_rampup": 32, "compile": "none",
+        changes = {"batch": 16, **changes, "images": 96, "log_every": 16, "save_every": 32, "lr_rampup": 16, "compile": "none",
                    "precision": "fp32", "network": dict(arch="ddpmpp", model_channels=8, channel_mult=[1, 1], num_blocks=1,
                                                         attn_resolutions=[], dropout=0.0)}
     else:
