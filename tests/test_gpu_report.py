@@ -170,7 +170,7 @@ def test_it_says_beforehand_what_it_will_do(tmp_path):
     session.write_json(tmp_path / "trials.json", {})
     lines = run.outlook(command.STAGES).splitlines()
     assert [line.split()[0] for line in lines[1:]] == STAGES and STAGES[0] == "profile"
-    assert "done before" in lines[1 + STAGES.index("trials")] and "16.0 min" in lines[1 + STAGES.index("model")]
+    assert "is there already" in lines[1 + STAGES.index("trials")] and "16.0 min" in lines[1 + STAGES.index("model")]
     minutes = [float(line.split("at most")[1].split()[0]) for line in lines if "at most" in line]
     assert minutes[0] == pytest.approx(sum(minutes[1:])) and max(minutes[1:3]) <= 4
     assert set(session.LIMITS) == set(STAGES) and max(session.LIMITS.values()) <= 240

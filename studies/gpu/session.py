@@ -123,7 +123,7 @@ class Session:
             name, what = stage.__name__, stage.__doc__.splitlines()[0]
             seconds = self.limit(name) + (60 * self.args.minutes if name == "model" else 0)
             if (self.out / f"{name}.json").exists() and name not in self.args.redo:
-                lines.append(f"  {name:12} done before")
+                lines.append(f"  {name:12} is there already")
                 continue
             total += seconds
             lines.append(f"  {name:12} at most {seconds / 60:4.1f} min  {what}")
