@@ -17,6 +17,8 @@ from edm_nb.updates import compiled
 from record import wait
 from studies.gpu.session import in_words, Session
 
+NO_CHURN = Churn()
+
 
 def clock(device, work, repeats, warmup=3, seconds=6.0):
     "Median and extremes of the seconds that `work()` takes; at least three calls, no new one after `seconds`."
@@ -121,7 +123,7 @@ class Report(Session):
         "bf16 inside the network, on a GPU."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def draw(self, denoise, n, sigmas, churn=Churn(), solver=heun, schedule=LINEAR):
+    def draw(self, denoise, n, sigmas, churn=NO_CHURN, solver=heun, schedule=LINEAR):
         """Samples as bytes, a batch at a time; class = number mod 10. Image i is that of seed 10^6 --seed + i, whatever the batch;
         its noise is drawn on the device."""
         def sampler(model, noise, levels, randn_like, **cond):
@@ -132,7 +134,7 @@ class Report(Session):
                                      batch=self.args.sample_batch, noise_on=self.device):
             yield images
 
-    def distance(self, denoise, n, sigmas, churn=Churn(), solver=heun, schedule=LINEAR):
+    def distance(self, denoise, n, sigmas, churn=NO_CHURN, solver=heun, schedule=LINEAR):
         "Fréchet distance of n samples against the training statistics, and the seconds that drawing them took."
         start = time.perf_counter()
         stats, reference = self.stats(self.draw(denoise, n, sigmas, churn, solver, schedule)), self.reference()
