@@ -78,7 +78,8 @@ def test_chapters_link_to_functions_claims_chapters_and_works(pages, name):
 def test_alternative_texts_say_what_a_figure_shows(pages):
     "A file name is no description."
     bare = [(name, image.get("src", "")[-40:]) for name, page in pages.items() for image in page.images
-            if len(image.get("alt") or "") < 12 or re.search(r"\.(png|svg)$", image.get("alt") or "")]
+            if "_static/images/" not in image.get("src", "")         # the theme's own, beside their text
+            and (len(image.get("alt") or "") < 12 or re.search(r"\.(png|svg)$", image.get("alt") or ""))]
     assert not [entry for entry in bare if entry[0] in CHAPTERS + ["index.html", "claims.html"]], bare[:10]
 
 
