@@ -19,7 +19,8 @@ from edm_nb.data import digits
 TOY = dataclasses.replace(configs.PRESETS["toy"], batch=32, images=640, lr_rampup=64, log_every=32, save_every=64, augment=0.3, label_dropout=0.1,
                           network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1, dropout=0.1))
 SCRIPT = """
-import sys, json
+import sys, json, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a test run in the background hands Ctrl-C down ignored
 from edm_nb import training as T
 from edm_nb import configs, folders, generation, runs, updates
 config = configs.config_from(json.loads(sys.argv[1]))
