@@ -225,7 +225,8 @@ def vp_schedule(beta_d:float=19.9,      # slope of the rate β_VP(t) = β_min + 
     if not 0 < epsilon_s < 1:
         raise refusal("epsilon_s", "a time between 0 and 1", epsilon_s)
     rates = beta_d * epsilon_s + beta_min, beta_d + beta_min            # linear between
-    if not (0 < min(rates) and max(rates) < math.inf and L(epsilon_s) > 0):
+    start = 0.5 * beta_d * epsilon_s**2 + beta_min * epsilon_s
+    if not (0 < min(rates) and max(rates) < math.inf and start > 0):
         raise refusal("beta_d and beta_min", "such that sigma(t) rises from "
                       f"{epsilon_s} to 1", f"{beta_d} and {beta_min}")
     sigma = lambda t: L(t).expm1().sqrt()

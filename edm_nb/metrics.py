@@ -203,6 +203,7 @@ def neighbour_sheet(samples:Tensor,    # uint8 `[n, C, H, W]`, a few
                     title:str="Samples and their nearest training images",
                    ):                  # a figure
     "Each sample in a row with its nearest training images and their distances."
+    from edm_nb.figures import strips    # matplotlib only where it draws
     found, index = nearest_neighbours(extract(samples, features),
                                       extract(training, features), k)
     rows = [torch.cat([sample[None], training[near]])

@@ -171,6 +171,7 @@ def told_by_torchrun() -> tuple[int, int]:   # rank, world
     if missing and (world > 1 or "RANK" in os.environ):
         raise ValueError("the environment says that several processes work together, "
                          f"but lacks {', '.join(missing)}; start through torchrun")
+    if world > 1: from_environment("MASTER_PORT", 0)    # torch would not name it
     if not rank < world:
         raise ValueError(f"the environment says RANK={rank} of WORLD_SIZE={world}; "
                          "ranks count from 0, start through torchrun")

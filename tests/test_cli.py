@@ -15,6 +15,7 @@ from patience import PATIENCE, wait_for
 from typer.testing import CliRunner
 
 from edm_nb import checkpoints, cli, commands, generation, measuring
+from edm_nb.configs import PRESETS, config_json
 from edm_nb.data import digits, load_images, write_zip
 from edm_nb.features import feature_stats, pixels
 from edm_nb.frechet import frechet_distance
@@ -352,7 +353,7 @@ def test_train_resumes_and_never_takes_a_strange_folder(tmp_path):
 def test_a_folder_in_use_is_one_line_and_exit_code_2(tmp_path):
     from edm_nb.folders import lock_folder
     with lock_folder(tmp_path / "run"):
-        (tmp_path / "run/config.json").write_text("{}")          # as a run that has just begun
+        (tmp_path / "run/config.json").write_text(config_json(PRESETS["toy"]))          # as a run that has just begun
         done = edm_nb("train", "toy", "--images", 64, "--device", "cpu", "--out", tmp_path / "run")
     assert done.exit_code == 2 and "edm-nb: another run is training" in done.output, done.output
 
@@ -422,7 +423,7 @@ def test_overwrite_deletes_nothing_that_another_process_uses(tmp_path, command):
     from edm_nb.folders import lock_folder
     (tmp_path / "run/state").mkdir(parents=True)
     for name in ("config.json", "log.jsonl", "state/state-000000000001.safetensors"):
-        (tmp_path / "run" / name).write_text("{}")
+        (tmp_path / "run" / name).write_text(config_json(PRESETS["toy"]) if name == "config.json" else "{}")
     with lock_folder(tmp_path / "run"):
         before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
         done = edm_nb(*command, "--images", 64, "--device", "cpu", "--out", tmp_path / "run", "--overwrite")

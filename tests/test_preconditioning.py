@@ -740,3 +740,10 @@ def test_suggestions_for_data_of_known_scale(name, unit, seed):
 def test_a_price_that_is_none(nats):
     with pytest.raises(ValueError, match="nats"):
         suggest_settings(normal(50, 3), nats=nats)
+
+
+def test_a_network_with_levels_of_its_own_is_told_their_numbers():
+    "Five levels that no formula made; the numbers are counted by hand: 0 for the noisiest."
+    levels = torch.tensor([9.0, 4.0, 2.5, 1.0, 0.2, 0.0], dtype=torch.float64)
+    c_noise = iddpm_scalings(torch.tensor([9.0, 5.0, 1.1, 0.3], dtype=torch.float64), levels=levels)[3]
+    assert c_noise.tolist() == [4.0, 3.0, 1.0, 0.0]
