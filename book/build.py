@@ -22,7 +22,7 @@ EXECUTED, SOURCES, HTML = (ROOT / "_build" / name for name in ("executed", "site
 HIDE, EXPORT = re.compile(r"#\|\s*(hide|default_exp)\b"), re.compile(r"#\|\s*export\b")
 ALT = re.compile(r"#\|\s*alt:\s*(.+)")
 # What prose keeps as it is while names become links: fences, formulas, roles, links, raw HTML, headings.
-KEPT = re.compile(r"(```.*?```|~~~.*?~~~|\$\$.*?\$\$|\$[^$\n]+\$|\{[\w:]+\}`[^`]*`|!?\[[^\]]*\]\([^)]*\)|<[^>]+>|^#+ .*?$|^\s*\([\w-]+\)=$)", re.S | re.M)
+KEPT = re.compile(r"(```.*?```|~~~.*?~~~|\$\$.*?\$\$|\$[^$\n]+\$|\{[\w:]+\}`[^`]*`|!?\[[^\]]*\]\([^)]*\)|<[^>]+>|^#+ .*?$|^\s*\([\w-]+\)=$|^\| \$.*?$)", re.S | re.M)
 PAGES = {"bibliography": "# Bibliography\n\n> Everything that the book names, with a place to read it.\n\n```{bibliography}\n:all:\n```\n"}
 
 
@@ -74,6 +74,42 @@ class Links:
         return "".join(pieces)
 
 
+class Chapter:
+    "What one page needs beyond links: numbers for its displayed formulas, and the first use of each symbol."
+    DISPLAYED = re.compile(r"^(\$\$(?:(?!\$\$).)+\$\$)[ \t]*$", re.S | re.M)
+    INLINE = re.compile(r"(?<![\$\\\[])\$([^$\n]+)\$(?!\$)")
+
+    def __init__(self, page, symbols):
+        self.page, self.symbols, self.count = page, set(symbols), 0
+
+    def __call__(self, text):
+        "The prose of one cell; fences stay as they are."
+        parts = re.split(r"(```.*?```|^#+ .*?$|^\|.*?$)", text, flags=re.S | re.M)
+        return "".join(part if k % 2 else self.DISPLAYED.sub(self.number, self.INLINE.sub(self.symbol, part))
+                       for k, part in enumerate(parts))
+
+    def number(self, match):
+        "A label; Sphinx numbers what has one."
+        self.count += 1
+        return f"{match[1]} (eq-{self.page}-{self.count})"
+
+    def symbol(self, match):
+        "The first use of a symbol leads to the table of symbols."
+        if match[1] not in self.symbols:
+            return match[0]
+        self.symbols.discard(match[1])
+        return f"[${match[1]}$](index.ipynb#symbols)"
+
+
+def symbols_of(notebook):
+    "Symbols of the table on the index page, as they are written in formulas."
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## Symbols"):
+            rows = [line.split("|")[1].strip() for line in cell.source.splitlines() if line.startswith("| $")]
+            return [symbol.strip() for row in rows for symbol in row.strip("$").split(",") if row.count("$") == 2]
+    sys.exit("build.py: index.ipynb has no table of symbols")
+
+
 def definitions(source):
     "Names that an exported cell defines."
     tree = ast.parse(source)
@@ -88,12 +124,12 @@ def only_imports(source):
     return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Try)) for node in body)
 
 
-def as_page(notebook, links):
+def as_page(notebook, links, chapter=None):
     "The notebook as a reader sees it: directives gone, hidden cells gone, exported cells tagged, names linked."
     cells, module = [], None
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = links(cell.source)
+            cell.source = links(chapter(cell.source) if chapter else cell.source)
         else:
             directives = [line for line in cell.source.lstrip().splitlines() if line.startswith("#|")]
             made = re.match(r"#\|\s*default_exp\s+(\w+)", cell.source.lstrip())
@@ -157,6 +193,7 @@ def main():
     titles = {path.stem: title_of(path) for path in paths}
     found = api.package(ROOT)
     links = Links(api.unique_names(found), set(titles), api.numbers(found))
+    symbols = symbols_of(nbformat.read(EXECUTED / "index.ipynb", as_version=4))
     chapters = {}
     for path in paths:
         text = path.read_text(encoding="utf-8")
@@ -166,7 +203,8 @@ def main():
     for name, text in PAGES.items():
         (SOURCES / f"{name}.md").write_text(text, encoding="utf-8")
     for path in paths:
-        notebook = as_page(nbformat.read(path, as_version=4), links)
+        story = re.match(r"0\d_", path.name)
+        notebook = as_page(nbformat.read(path, as_version=4), links, Chapter(path.stem[:2], symbols) if story else None)
         if path.name == "index.ipynb":
             notebook.cells.append(contents(titles, extra))
         nbformat.write(notebook, SOURCES / path.name)

@@ -70,9 +70,11 @@ def test_no_page_needs_the_network(pages):
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_chapters_link_to_functions_claims_chapters_and_works(pages, name):
     article = [link for link, inside in pages[name].links if inside]
-    kinds = {"functions": r"^api-|#edm_nb\.", "claims": r"claims\.html#c\d\d", "chapters": r"^\d\d_\w+\.html", "works": r"bibliography\.html#|arxiv"}
+    kinds = {"functions": r"^api-|#edm_nb\.", "claims": r"claims\.html#c\d\d", "chapters": r"^\d\d_\w+\.html", "works": r"bibliography\.html#|arxiv", "symbols": r"index\.html#symbols"}
     counts = {kind: sum(bool(re.search(pattern, link)) for link in article) for kind, pattern in kinds.items()}
     assert all(counts.values()), counts
+    numbers = [int(n) for n in re.findall(r'class="eqno">\((\d+)\)', (SITE / name).read_text(encoding="utf-8"))]
+    assert numbers and numbers == list(range(1, len(numbers) + 1)), "displayed formulas have numbers of their own"
 
 
 def test_alternative_texts_say_what_a_figure_shows(pages):
