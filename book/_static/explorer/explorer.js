@@ -1,4 +1,4 @@
-/*! edm_nb explorer, sources 6fa8896ecad9e1f88eb408b7d2d953d1c58f8ffd29233c032242aa2585afe6ad; Apache-2.0; contains parts of d3 (ISC), see THIRD-PARTY.txt */
+/*! edm_nb explorer, sources 24187f317d59ca9561fa224eabad6e321f0e22c11274f83fa79d1974c8734c80; Apache-2.0; contains parts of d3 (ISC), see THIRD-PARTY.txt */
 (()=>{var ha=Object.defineProperty;var fa=(t,n)=>{for(var e in n)ha(t,e,{get:n[e],enumerable:!0})};var jr=`.edm-explorer { container-type: inline-size; margin: 1.5rem 0; max-width: 66rem; }
 .edm-x {
   --ink: #1d2530; --soft: #5b6673; --line: #d5dae1; --grid: #e9ecf0; --card: #ffffff; --sunk: #f5f7f9; --focus: #0072B2;
@@ -59,7 +59,8 @@
 .edm-x .try button { margin-top: .3rem; background: var(--card); padding: .15rem .6rem; font-size: 13px; }
 .edm-x .try.below { grid-column: 1 / -1; }
 
-@container (min-width: 560px) { .edm-x td, .edm-x tbody th { white-space: nowrap; } .edm-x table { font-size: 13.5px; } }
+@container (min-width: 560px) { .edm-x table { font-size: 13px; } }
+@container (min-width: 940px) { .edm-x td, .edm-x tbody th { white-space: nowrap; } .edm-x table { font-size: 13.5px; } }
 @container (min-width: 720px) { .edm-x .try.below ol { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem 2.2rem; } }
 .edm-x [hidden] { display: none !important; }
 .edm-x svg { display: block; width: 100%; overflow: visible; }
