@@ -1,7 +1,7 @@
 """Speed and memory of training: images/s, ms per part of an update, peak memory, and on CUDA the model FLOP utilisation.
 
     python benchmarks/training.py --preset digits --updates 20
-    python benchmarks/training.py --preset cifar10-cond-ddpmpp --device cuda --precision bf16 --compile --peak-tflops 989
+    python benchmarks/training.py --preset cifar10-cond-ddpmpp --device cuda --precision bf16 --compile blocks --peak-tflops 989
 
 Parts are timed alone, after a warm-up, with the device synchronised around each; the whole update is timed without any
 synchronisation inside. Writes results/training_speed_<preset>.json.
@@ -61,11 +61,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, help="images per update")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--precision", choices=["fp32", "bf16"])
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", choices=configs.COMPILE)
     parser.add_argument("--peak-tflops", type=float, help="the device's peak at this precision; adds model FLOP utilisation")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    changes = dict(batch=args.batch, micro_batch=args.micro_batch, precision=args.precision, compile=args.compile or None)
+    changes = dict(batch=args.batch, micro_batch=args.micro_batch, precision=args.precision, compile=args.compile)
     config = dataclasses.replace(configs.PRESETS[args.preset], **{k: v for k, v in changes.items() if v is not None})
     device = torch.device(args.device)
     record = measure(config, runs.load_data(config), device, args.updates)

@@ -337,8 +337,9 @@ def train(preset:Annotated[str, typer.Argument(
           lr:option(Optional[float], "--lr", min=1e-12, max=1000,
                     help="learning rate")=None,
           precision:option(Optional[str], "--precision", help="fp32 or bf16")=None,
-          compile:option(Optional[bool], "--compile/--no-compile",
-                         help="torch.compile")=None,
+          compile:option(Optional[str], "--compile",
+                         help="none, blocks or whole: what torch.compile makes a graph "
+                              "of; blocks where CUDA is, otherwise none")=None,
           seed:option(Optional[int], "--seed",
                       help="of weights, data order and noise")=None,
           conditional:option(Optional[bool], "--conditional/--no-conditional",
@@ -362,8 +363,7 @@ def train(preset:Annotated[str, typer.Argument(
     if data is not None: must_exist(data or ".", "images", SETS)
     given = dict(data=data, images=images, batch=batch, micro_batch=micro_batch, lr=lr,
                  precision=precision, seed=seed, conditional=conditional,
-                 keep_every=keep,
-                 compile={None: None, True: "blocks", False: "none"}[compile])
+                 keep_every=keep, compile=compile)
     from edm_nb import commands
     show(commands.train(preset, out, given, settings or [], sigma_data, device,
                         overwrite, timeout, scaled, dry), as_json)
