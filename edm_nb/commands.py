@@ -6,9 +6,9 @@
 __all__ = ['MOST_BATCH', 'NAMED_SETS', 'FORMS', 'say', 'collect', 'write_json', 'free_path', 'free_folder', 'image_folder',
            'read_config', 'change', 'with_sigma_data', 'with_range', 'describe', 'follow', 'check_run', 'last_record',
            'peak_memory', 'dry_run', 'in_time', 'train', 'lengthen', 'named_set', 'list_presets', 'preset_lines',
-           'suggest', 'read_array', 'read_levels', 'label_vectors', 'warn_guidance', 'write_images', 'models_of',
-           'own_range', 'plan', 'sample', 'check_channels', 'write_parts', 'halves_distance', 'demo_samples',
-           'demo_result', 'demo', 'convert']
+           'suggest', 'read_array', 'read_levels', 'label_vectors', 'warn_classes', 'warn_guidance', 'write_images',
+           'models_of', 'own_range', 'plan', 'sample', 'check_channels', 'write_parts', 'halves_distance',
+           'demo_samples', 'demo_result', 'demo', 'convert']
 
 # %% ../nbs/35_commands.ipynb #2f83b0b4
 import contextlib, functools, json, math, numpy as np, os, re, resource, shutil, sys
@@ -357,6 +357,20 @@ def label_vectors(known:dict,                   # from `known_about`
         raise ValueError(f"--labels {labels}: expected [N, D], got {list(found.shape)}")
     return torch.from_numpy(found.astype(np.float32))
 
+def warn_classes(known:dict,               # from `known_about`
+                 classes:list[int]|None,   # None: all, by lot
+                ) -> None:
+    "A class of which training had no image is drawn like any other and means nothing."
+    facts, config = known.get("data"), known.get("train_config")
+    empty = facts.get("empty") if isinstance(facts, dict) else None
+    if not isinstance(empty, list): return
+    if isinstance(config, dict) and config.get("conditional") is False: return
+    if hit := [c for c in empty if classes is None or c in classes]:
+        which = (f"class {hit[0]}" if len(hit) == 1 else
+                 f"classes {', '.join(map(str, hit[:5]))}{'…' if hit[5:] else ''}")
+        warnings.warn(f"training had no images of {which}: what is drawn for it is no "
+                      "class at all; name others by --classes", stacklevel=2)
+
 def warn_guidance(known:dict, sampling:Sampling, guide:Path|None) -> None:
     "Guidance by the same model without label needs one that was trained without, too."
     config = known.get("train_config")
@@ -440,7 +454,9 @@ def sample(model:Path,                   # a checkpoint or a run folder
         if not as_folder: on_first(team, lambda: free_path(out, overwrite))
         models = models_of(team, model, at, guide)
         check_channels(out, image_shape(models[0])[0])
-        if team.rank == 0: warn_guidance(known, sampling, guide)
+        if team.rank == 0:
+            warn_guidance(known, sampling, guide)
+            if vectors is None: warn_classes(known, classes)
         nfe = plan(team, len(seeds), sampling, models)
         drawn = generate(models[0], seeds, sampling, classes, vectors, *models[1:],
                          batch=batch, as_bytes=not latents, official=official,

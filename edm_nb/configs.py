@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from .augmentation import AugmentPipe
-from .networks import network as unet, STYLES
+from .networks import check_sizes, network as unet, STYLES
 from .framework import vp_schedule
 from .generation import Sampling
 from .preconditioning import Preconditioned
@@ -156,6 +156,8 @@ def check_tables(config:TrainConfig) -> None:   # the rest of `check_config`
         raise ValueError(f"network.arch is {short(arch)}; expected one of "
                          f"{', '.join(STYLES)}")
     check_names("network", config.network, parameters_of(unet, "generator"))
+    try: check_sizes(config.network)
+    except ValueError as error: raise ValueError(f"network.{error}") from None
     quantile, rates = QUANTILES[config.sigma], parameters_of(vp_schedule)
     check_names(f"sigma_args of {config.sigma!r}", config.sigma_args,
                 parameters_of(quantile, "u") + rates * (config.sigma == "vp"))

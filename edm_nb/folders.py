@@ -126,8 +126,12 @@ def data_facts(data:ImageSet,        # what a run trains on
     if y is not None: digest.update(y.cpu().contiguous().numpy().data)
     kind = None if y is None else "classes" if data.is_class else "vectors"
     dtype = str(x.dtype).removeprefix("torch.")
-    return dict(n=len(x), shape=list(x.shape[1:]), dtype=dtype,
-                label_dim=data.label_dim, labels=kind, sha256=digest.hexdigest())
+    facts = dict(n=len(x), shape=list(x.shape[1:]), dtype=dtype,
+                 label_dim=data.label_dim, labels=kind, sha256=digest.hexdigest())
+    if kind == "classes":     # what a network never saw, it cannot draw
+        count = torch.bincount(y.cpu().flatten().long(), minlength=data.label_dim)
+        if empty := (count == 0).nonzero().flatten().tolist(): facts["empty"] = empty
+    return facts
 
 # %% ../nbs/31_folders.ipynb #e4fed3b0
 COUNTERS = ("skipped", "in_a_row", "worst")

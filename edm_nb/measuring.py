@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from edm_nb.commands import (
     free_path, label_vectors, models_of, named_set, NAMED_SETS, own_range, say,
-    warn_guidance, write_json
+    warn_classes, warn_guidance, write_json
 )
 from .data import ImageSet
 from edm_nb.features import (
@@ -222,7 +222,9 @@ def fid(source:str,                  # a model, images, or a statistics file
             known = known_about(source, at)
             check_bytes(known, source)
             sampling = own_range(sampling, known)
-            if team.rank == 0: warn_guidance(known, sampling, guide)
+            if team.rank == 0:
+                warn_guidance(known, sampling, guide)
+                if labels is None: warn_classes(known, classes)
             given = dict(classes=classes, official=official,
                          vectors=label_vectors(known, labels, classes))
             file = model_file(source, at)

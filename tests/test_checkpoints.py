@@ -403,7 +403,7 @@ def rewritten(file, change):
     lambda r: r["denoiser"].update(scalings="iddpm", M=10**10), lambda r: r["denoiser"].update(scalings="iddpm", C_2=-1), lambda r: r["denoiser"].update(scalings="iddpm", C_1=0),
     lambda r: r["denoiser"].update(scalings="iddpm", levels=[1.0, 2.0, 0.0]), lambda r: r["denoiser"].update(scalings="iddpm", levels=[[1.0]]),
     lambda r: r["denoiser"].update(scalings="iddpm", levels=[3.0, float("nan"), 0.0]), lambda r: r["network"].update(num_blocks="x" * 60_000, channel_mult=[1] * 60_000),
-    lambda r: r["network"].update(channel_mult=[1] * 100_000), lambda r: r["network"].update(resolution=10**400), lambda r: r["network"].update(attn_resolutions=None),
+    lambda r: r["network"].update(channel_mult=[1] * 100_000), lambda r: r["network"].update(resolution=10**400), lambda r: r["network"].update(attn_resolutions=[None]),
     lambda r: r["network"].update(arch={}), lambda r: r["network"].update({"\x1b]0;owned\x07": 1}), lambda r: r.update(format="\x1b[2J"), lambda r: [r]])
 def test_records_from_strangers_end_in_one_line(model, change):
     rewritten(model, change)

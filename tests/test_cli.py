@@ -103,6 +103,7 @@ def test_classes_change_the_image(model, tmp_path):
     (["train", "no-such-preset", "--out", "run"], "digits"),
     (["train", "toy", "--out", "run", "--data", "nowhere.zip"], "nowhere.zip"),
     (["train", "toy", "--out", "run", "--precision", "fp8"], "bf16"),
+    (["train", "toy", "--out", "run", "--compile", "yes"], "none, blocks, whole"),
     (["sample", "MODEL", "--out", "x.jpg"], ".png, .npz, .zip"),
     (["sample", "MODEL", "--out", "x.png", "--seeds", "0-1000000000"], "more than 10,000,000"),
     (["sample", "MODEL", "--out", "x.png", "--seeds", "0-99,4294967296"], "below 4,294,967,296"),
@@ -547,6 +548,17 @@ def test_label_vectors_have_to_be_given(tmp_path):
     with np.load(tmp_path / "x.npz") as file: np.testing.assert_array_equal(file["labels"], vectors[[0, 1, 0, 1]].numpy())
 
 
+def test_compile_names_what_becomes_a_graph(tmp_path, monkeypatch):
+    "The word reaches the configuration; without the option nobody decides for the machine."
+    from edm_nb import commands
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda preset, out, given, *more: seen.append(given["compile"]) or {})
+    for more in ([], *(["--compile", word] for word in ("none", "blocks", "whole"))):
+        assert edm_nb("train", "toy", *more, "--out", tmp_path / "run").exit_code == 0
+    assert seen == [None, "none", "blocks", "whole"]
+    assert edm_nb("train", "toy", "--out", tmp_path / "run", "--compile").exit_code == 2      # a flag no longer
+
+
 def test_guidance_without_dropped_labels_is_warned_about(tmp_path):
     for name, more in dict(never=[], sometimes=["--set", "label_dropout=0.1"]).items():
         assert edm_nb("train", "toy", "--images", 64, *more, "--device", "cpu", "--out", tmp_path / name).exit_code == 0
@@ -554,6 +566,37 @@ def test_guidance_without_dropped_labels_is_warned_about(tmp_path):
         assert done.exit_code == 0 and ("edm-nb: warning: this model was trained with label_dropout 0" in done.output) == (name == "never"), done.output
     plain = edm_nb("sample", tmp_path / "never", "--seeds", 0, "--steps", 2, "--device", "cpu", "--out", tmp_path / "plain.npz")
     assert "warning" not in plain.output
+
+
+def test_classes_that_training_never_saw_are_warned_about(tmp_path):
+    "Labels 0 and 2: the network has three classes, and whatever it draws for 1 is none of them (`hunt.md`, 27)."
+    data = digits().take(slice(0, 80))
+    write_zip(tmp_path / "gap.zip", dataclasses.replace(data, labels=2 * (torch.arange(80) % 2), class_names=()))
+    def train(name, *more): return edm_nb("train", "toy", "--images", 64, "--data", tmp_path / f"{name}.zip", *more, "--device", "cpu", "--out", tmp_path / f"{name}{len(more)}")
+    write_zip(tmp_path / "full.zip", dataclasses.replace(data, labels=torch.arange(80) % 3, class_names=()))
+    for done in (train("gap"), train("gap", "--no-conditional"), train("full")): assert done.exit_code == 0, done.output
+    words = "training had no images of class 1"
+    for run, more, warned in (("gap0", ["--classes", "1"], True), ("gap0", ["--classes", "0,1"], True), ("gap0", [], True), ("gap0", ["--classes", "0,2"], False),
+                              ("gap1", [], False), ("full0", ["--classes", "1"], False)):
+        done = edm_nb("sample", tmp_path / run, "--seeds", 0, "--steps", 1, *more, "--device", "cpu", "--out", tmp_path / "x.npz", "--overwrite")
+        assert done.exit_code == 0 and (words in done.output) == warned, (run, more, done.output)
+    beyond = edm_nb("sample", tmp_path / "gap0", "--seeds", 0, "--classes", 3, "--device", "cpu", "--out", tmp_path / "y.npz")
+    assert beyond.exit_code == 2 and "there is no class 3; the model knows 0 to 2" in beyond.output
+    assert edm_nb("train", "toy", "--images", 128, "--data", tmp_path / "gap.zip", "--device", "cpu", "--out", tmp_path / "gap0").exit_code == 0   # it resumes
+
+
+@pytest.mark.parametrize("change, words", [
+    ("dropout=much", "network.dropout = 'much' must be a probability"), ("dropout=null", "network.dropout = None"), ("label_dropout=2", "network.label_dropout = 2"),
+    ("channel_mult=7", "network.channel_mult = 7 must be a list of whole numbers"), ("channel_mult=[]", "network.channel_mult = []"), ("channel_mult=[1, x]", "network.channel_mult"),
+    ("attn_resolutions=16", "network.attn_resolutions = 16 must be a list of heights"), ("resolution=x", "network.resolution = 'x' must be a whole number"),
+    ("model_channels=x", "network.model_channels = 'x' must be a whole number"), ("model_channels=9", "must be even"), ("num_blocks=1.5", "network.num_blocks = 1.5"), ("channels=true", "network.channels = True"),
+    ("label_dim=x", "network.label_dim = 'x'"), ("augment_dim=-1", "network.augment_dim = -1"), ("out_channels=0", "network.out_channels = 0"),
+    ("attn_resolutions=[5]", "has no level of 5 pixels; its levels are 8, 4 high")])
+def test_values_of_the_network_are_refused_in_our_words(tmp_path, change, words):
+    "Every key of the network, with a type or a size that it cannot have: what is wrong, what would be right, and no run folder."
+    done = edm_nb("train", "toy", "--device", "cpu", "--set", f"network.{change}", "--out", tmp_path / "run")
+    assert done.exit_code == 2 and words in done.output and "not supported" not in done.output, done.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigterm_ends_a_training_with_its_state_and_143(tmp_path):

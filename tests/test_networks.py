@@ -359,6 +359,30 @@ def test_bad_input_is_refused_with_words(call, words):
 
 
 @pytest.mark.parametrize("make", [ddpmpp, ncsnpp, adm, tiny])
+def test_attention_at_a_height_that_no_level_has_is_an_error(make):
+    "It was left out in silence: the network had no attention, and nobody was told."
+    sizes = dict(resolution=(32, 16), model_channels=64, channel_mult=(1, 1), num_blocks=1)
+    with torch.device("meta"):
+        for heights in ((8,), (16, 64), [31]):
+            with pytest.raises(ValueError, match=r"no level of \d+ pixels; its levels are 32, 16 high"): make(**sizes, attn_resolutions=heights)
+        assert make(**sizes, attn_resolutions=(16,)).config["attn_resolutions"] == [16]
+        assert make(**sizes, attn_resolutions=()).config["attn_resolutions"] == []
+        usual = {"ddpmpp": [16], "ncsnpp": [16], "adm": [32, 16], "tiny": []}[make.__name__]
+        assert make(**sizes).config["attn_resolutions"] == usual                       # who names none gets the published ones that exist
+        assert build_network(make(**sizes).config).config == make(**sizes).config
+
+
+def test_presets_and_published_networks_attend_where_they_say():
+    from edm_nb.configs import PRESETS
+    for name, config in PRESETS.items():
+        size = dict(resolution=8, channels=1) if config.data == "digits" else dict(resolution=32, channels=3)
+        with torch.device("meta"): net = build_network({**size, **config.network})
+        named = config.network.get("attn_resolutions", [])
+        attending = {int(key.split("x")[0]) for key, block in net.enc.items() if getattr(block, "heads", 0)}
+        assert attending == set(named), name
+
+
+@pytest.mark.parametrize("make", [ddpmpp, ncsnpp, adm, tiny])
 def test_a_misspelt_size_is_an_error(make):
     with pytest.raises(TypeError, match="unexpected keyword argument 'modelchannels'"): make(modelchannels=64)
 
