@@ -12,7 +12,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 # What notebooks may read beside their own cells. A whole folder counts, but for what the notebooks themselves leave there.
-READ = ("edm_nb", "results", "studies", "benchmarks", "book/execute.py", "settings.ini")
+READ = ("edm_nb", "results", "studies", "benchmarks", "book/execute.py", "book/minutes.py", "settings.ini")
 SKIP = ("__pycache__", "results/claims", "results/running_times.json")
 NOT_READ = ("EDM_NB_EXECUTED", "EDM_NB_CLAIMS", "EDM_NB_NOTEBOOKS", "EDM_NB_CACHE")
 

@@ -204,7 +204,6 @@ def unscaled(sigma:Callable,        # noise level at time t
                     scale=lambda t: torch.ones_like(as_time(t)),
                     scale_deriv=lambda t: torch.zeros_like(as_time(t)))
 
-# %% ../nbs/00_framework.ipynb #f0e89ab2
 LINEAR = unscaled(sigma=lambda t: as_time(t),
                   sigma_deriv=lambda t: torch.ones_like(as_time(t)),
                   sigma_inv=lambda sigma: as_time(sigma))
@@ -285,19 +284,19 @@ def steps(n:int,       # number of steps, >= 1
     """Times of a sampler with n steps.
 
     ValueError for n < 1."""
-    u = torch.linspace(0, 1, whole_number(n), dtype=torch.float64)
-    return torch.cat([f(u), torch.zeros(1, dtype=torch.float64)])
+    r = torch.linspace(0, 1, whole_number(n), dtype=torch.float64)
+    return torch.cat([f(r), torch.zeros(1, dtype=torch.float64)])
 
-def rho_level(u:Tensor,         # fraction of the way: 0 gives sigma_max and 1 sigma_min
+def rho_level(r:Tensor,         # fraction of the way: 0 gives sigma_max and 1 sigma_min
               sigma_min:float,  # lowest noise level before 0, in units of the data
               sigma_max:float,  # highest noise level
               rho:float,        # how much the levels crowd towards sigma_min
-             ) -> Tensor:       # noise levels, the shape and dtype of `u`
+             ) -> Tensor:       # noise levels, the shape and dtype of `r`
     """Noise levels evenly spaced in sigma^(1/rho) (paper, Eq. 5).
 
     In a form that neither overflows nor cancels for any rho > 0."""
     fall = math.expm1(math.log(sigma_min/sigma_max) / rho)
-    return sigma_max * (rho * torch.log1p(u * fall)).exp()
+    return sigma_max * (rho * torch.log1p(r * fall)).exp()
 
 # %% ../nbs/00_framework.ipynb #2487b89b
 @dataclass(frozen=True)
@@ -322,7 +321,7 @@ class Row:
     c_out:Cell           # sigma -> factor of the network's output in D
     c_in:Cell            # sigma -> factor of the network's input
     c_noise:Cell         # sigma -> what the network is told about sigma
-    training_sigma:Cell  # u ~ U(0, 1) -> a training noise level (the quantile function)
+    training_sigma:Cell  # p ~ U(0, 1) -> a training noise level (the quantile function)
     weight:Cell          # sigma -> lambda, the weight of the loss
     constants:Mapping    # the numbers, by symbol
 
@@ -368,7 +367,6 @@ def vp_row(beta_d:float=19.9,      # slope of the noise rate
         constants=dict(beta_d=beta_d, beta_min=beta_min, epsilon_s=epsilon_s,
                        epsilon_t=epsilon_t, M=M))
 
-# %% ../nbs/00_framework.ipynb #bc3f31c1
 def ve_row(sigma_min:float=0.02,  # smallest noise level, in units of the data
            sigma_max:float=100.,  # largest noise level
           ) -> Row:

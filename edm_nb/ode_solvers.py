@@ -48,11 +48,11 @@ def edm_sigmas(n:int,                   # number of steps N
     """Noise levels evenly spaced in sigma^(1/rho) (paper, Eq. 5).
 
     ValueError for n < 1, an empty range or rho <= 0."""
-    u = _fractions(n)
+    fractions = _fractions(n)
     check_range(sigma_min, sigma_max)
     if not (math.isfinite(rho) and rho > 0):
         raise refusal("rho", "finite and positive", rho)
-    sigmas = rho_level(u, sigma_min, sigma_max, rho)
+    sigmas = rho_level(fractions, sigma_min, sigma_max, rho)
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
     return _finish(sigmas, device)
@@ -79,9 +79,9 @@ def ve_sigmas(n:int,                  # number of steps N
     """Noise levels of the VE row: a geometric sequence.
 
     ValueError for n < 1 or an empty range."""
-    u = _fractions(n)
+    fractions = _fractions(n)
     check_range(sigma_min, sigma_max)
-    sigmas = sigma_max * (u * math.log(sigma_min/sigma_max)).exp()
+    sigmas = sigma_max * (fractions * math.log(sigma_min/sigma_max)).exp()
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
     return _finish(sigmas, device)
@@ -303,10 +303,10 @@ def adams_bashforth_weights(times:list[float],  # where slopes are known, newest
 
     Exact on uneven steps."""
     h = t_next - times[-1]
-    u = [(time - times[-1]) / h for time in times]   # the step becomes [0, 1]
+    nodes = [(time - times[-1]) / h for time in times]   # the step becomes [0, 1]
     weights = []
-    for j, node in enumerate(u):
-        others = u[:j] + u[j+1:]
+    for j, node in enumerate(nodes):
+        others = nodes[:j] + nodes[j+1:]
         basis = np.polynomial.Polynomial.fromroots(others) if others else \
             np.polynomial.Polynomial([1.0])
         below = math.prod(node - other for other in others)

@@ -33,7 +33,6 @@ def as_sigma(sigma:Tensor|float, # noise level, a number or any tensor
     require_noise_level(sigma, positive=False)
     return sigma.to(torch.promote_types(sigma.dtype, torch.float32))
 
-# %% ../nbs/03_preconditioning.ipynb #668fab2b
 def edm_weight(sigma:Tensor|float,           # noise level, any shape, > 0
                sigma_data:Tensor|float=0.5,  # standard deviation of the data
               ) -> Tensor:                   # same shape as `sigma`
@@ -80,7 +79,6 @@ def vp_scalings(sigma:Tensor|float, # noise level, any shape
     c_noise = (M - 1) * vp_schedule(beta_d, beta_min).sigma_inv(sigma)
     return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
 
-# %% ../nbs/03_preconditioning.ipynb #51c1b13b
 def ve_scalings(sigma:Tensor|float,   # noise level, any shape
                ) -> Scalings:         # c_skip, c_out, c_in, c_noise, the shape of sigma
     "The VE column of Table 1: F predicts −ε from an input that is not scaled."
@@ -141,7 +139,6 @@ def v_scalings(sigma:Tensor|float,  # noise level, any shape
     c_in = 1 / (sigma**2 + 1).sqrt()
     return c_in**2, -sigma * c_in, c_in, sigma.atan() * 2 / math.pi
 
-# %% ../nbs/03_preconditioning.ipynb #d5345b49
 def flow_scalings(sigma:Tensor|float,   # noise level, any shape
                   time_scale:float=1.0, # F is told time_scale · t; some use 1000
                  ) -> Scalings:         # c_skip, c_out, c_in, c_noise, like sigma
@@ -321,7 +318,6 @@ class DataScale:
     channel_mean: tuple    # one per channel
     channel_std: tuple     # one per channel, around its own mean
 
-# %% ../nbs/03_preconditioning.ipynb #0fe00e19
 def estimate_sigma_data(batches:Iterable,           # of tensors, or one of them
                                                     # or one tensor or ImageSet
                         sigma_data:float|None=None, # warn where it is over 20 % off

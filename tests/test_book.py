@@ -21,6 +21,22 @@ def code_cells(path):
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()]
 
 
+DIAGRAMS = ("index", "00_framework", "01_ode_solvers", "02_stochastic", "03_preconditioning")
+
+
+@pytest.mark.parametrize("name", DIAGRAMS)
+def test_diagrams_are_drawings_in_the_colours_of_the_page(name):
+    "The map, the tangent, the two slopes, the churn and the block: lines and letters, a sentence for who cannot see them, no black and no white of their own."
+    import re
+    found = ["".join(output["data"]["text/html"]) for cell in code_cells(ROOT / f"nbs/{name}.ipynb") for output in cell.outputs if "<svg" in "".join(output.get("data", {}).get("text/html", ""))]
+    assert found, "no diagram"
+    for drawing in found:
+        label = re.search(r'<svg role="img" aria-label="([^"]+)"', drawing)
+        assert label and len(label[1]) > 80 and "currentColor" in drawing
+        assert not re.search(r"#000\b|#000000|#fff\b|#ffffff|<image|<style", drawing)
+        assert len(set(re.findall(r' id="([^"]+)"', drawing))) == drawing.count(" id=")
+
+
 def test_the_book_is_complete():
     names = {path.stem for path in NOTEBOOKS}
     assert {"index", "00_framework", "01_ode_solvers", "02_stochastic", "03_preconditioning", "04_training", "10_data",

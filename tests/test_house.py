@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 STORY = [path for path in NOTEBOOKS if re.match(r"0\d_", path.name)]
-WIDTH, LONGEST_RUN = 88, 5
+WIDTH, LONGEST_RUN, CELLS = 88, 5, 60
+sys.path.insert(0, str(ROOT / "book"))
 
 
 def cells_of(path):
@@ -68,6 +70,8 @@ def test_the_story_is_short_and_shows_something(path):
     lines = sum(len([x for x in source(c).splitlines() if x.strip() and not x.strip().startswith("#")]) for c in code if is_exported(c))
     run = longest_run(cells)
     print(f"{path.stem}: {len(code)} code cells, {lines} exported lines, longest run without something to see {run}")
+    told = [cell for cell in code if "solution" not in cell["metadata"].get("tags", [])]
+    assert len(told) <= CELLS, f"{len(told)} code cells without the solutions"
     assert lines <= 500
     assert run <= LONGEST_RUN, f"{run} cells in a row show nothing"
 
@@ -81,6 +85,87 @@ def test_every_chapter_has_the_same_skeleton(path):
     assert [h for h in headings if h in wanted] == wanted, headings[-6:]
     solutions = [cell for cell in cells_of(path) if "solution" in cell["metadata"].get("tags", [])]
     assert len(solutions) >= 5, "five exercises with solutions that run"
+
+
+@pytest.mark.parametrize("path", STORY, ids=lambda p: p.stem)
+def test_a_chapter_says_how_long_it_takes_as_the_index_does(path):
+    "One rule for both (`book/minutes.py`)."
+    from minutes import minutes_to_read
+    cells = cells_of(path)
+    said = re.findall(r"\*\*Time:\*\* (\d+) minutes to read", source(cells[0]))
+    assert said == [str(minutes_to_read(cells))], f"the opening of {path.name} should say: **Time:** {minutes_to_read(cells)} minutes to read"
+
+
+# One letter, one meaning within a chapter. For each letter that has had several: what it means in the code of a chapter, and what every line
+# that binds it looks like. A letter that is not here may not be bound there; a new use is a decision, so it is written down.
+LETTERS = {
+    "00": {"h": ("a small difference", r"h=1e-4|h = 1e-4 \* sigma"), "u": ("levels that iDDPM knows", r"u = \[0\.\]|u = iddpm_levels\(")},
+    "01": {"h": ("length of a step", r"h:float\)|h = t_next - |h, d = t_next - t|h, x0 = t_b - t_a|h = level - math\.log\(sigma_next\)"),
+           "w": ("weight of a slope", r"w = 1 / \(2\*alpha\)|adams_bashforth_weights\(|zip\(weights, history\)"),
+           "alpha": ("place of the second slope", r"rk2\(alpha:float|for alpha in best_alpha"), "epsilon": ("predicted noise", r"epsilon = \(x_tilde")},
+    "02": {"beta": ("rate at which an SDE exchanges noise", r"beta:Callable|def (equation_6|variance_error|em_distance|naive_sde)\(|for .*\bbeta\b.* in .*(rates|family)")},
+    "03": {"epsilon": ("noise of unit variance", r"epsilon, F = \(x - y\) / ")},
+    "04": {"beta": ("factor of the average", r"beta:float|beta = ema_beta\("), "u": ("a uniform random number", r"u:Tensor, +# uniform|u = torch\.rand\("),
+           "w": ("strength of guidance", r"w:float, +# strength|\bw in (zip\(axes, \(0|.*spread\.items)|for w, \(s, m\) in spread")},
+}
+# The same for Greek in formulas and prose: the forms that a chapter may write; "" is the bare letter. A form with an index or a hat is a name of its own.
+GREEK = {
+    "00": {"β": {"VP", "min", "d"}, "ε": {"", "hat", "s"}, "α": {"bar"}},
+    "01": {"β": set(), "ε": {"", "s"}, "α": {"", "bar"}},
+    "02": {"β": {"", "VP", "min", "d"}, "ε": {""}, "α": set()},
+    "03": {"β": {"t"}, "ε": {"", "hat", "s", "t"}, "α": {"bar"}},
+    "04": {"β": {""}, "ε": {""}, "α": set()},
+}
+COMMANDS = {"β": r"\\beta", "ε": r"\\(?:var)?epsilon", "α": r"\\alpha"}
+
+
+def bindings(cells, letters):
+    "(letter, line) wherever code gives one of these names a value."
+    for cell in cells:
+        if cell["cell_type"] != "code": continue
+        lines = source(cell).splitlines()
+        for node in ast.walk(ast.parse(source(cell))):
+            name = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
+            if name in letters: yield name, lines[node.lineno - 1].strip()
+
+
+def greek_forms(text, letter):
+    "How a letter is written in formulas and in prose: bare, with a bar or a hat, with an index."
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
+    for formula in re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.S):
+        formula = re.sub(r"\\(?:text|mathrm)\{(\w+)\}", r"\1", formula)
+        for accent, index in re.findall(rf"(\\bar|\\hat)?\s*\{{?{COMMANDS[letter]}(?![A-Za-z])(?:_\{{?(\w+))?", formula):
+            yield accent.strip("\\") or (index if letter == "β" or index in ("s", "t") else "")
+    prose = re.sub(r"\$\$.+?\$\$|\$[^$]+\$", " ", text, flags=re.S)
+    if letter == "α": yield from ("bar" for _ in re.findall("ᾱ", prose))
+    yield from re.findall(rf"{letter}(?:_(\w+))?", prose)
+
+
+@pytest.mark.parametrize("chapter", LETTERS)
+def test_a_letter_means_one_thing_within_a_chapter(chapter):
+    (path,) = [p for p in STORY if p.name.startswith(chapter)]
+    cells, ledger = cells_of(path), LETTERS[chapter]
+    found = list(bindings(cells, {"alpha", "beta", "epsilon", "w", "u", "h"}))
+    strange = [(letter, line) for letter, line in found if letter not in ledger or not re.search(ledger[letter][1], line)]
+    assert not strange, strange
+    assert {letter for letter, _ in found} == set(ledger), "a letter of the ledger is not used"
+    text = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
+    for letter, forms in GREEK[chapter].items():
+        other = "The letter β means another rate in [chapter 02]"            # said of another chapter
+        assert set(greek_forms(text.replace(other, ""), letter)) == forms, (letter, set(greek_forms(text, letter)))
+    formulas = "".join(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.S)).replace("$n$ is always a number of samples", "")
+    assert not re.search(r"(?<![A-Za-z\\{_.])n(?![A-Za-z}_])", formulas.replace("$n$", "")), "formulas count steps by N and write noise as σε"
+
+
+def test_the_index_says_where_a_letter_changes_its_meaning():
+    "One row a letter, one column a chapter; a dash stands exactly where the ledger has nothing."
+    (text,) = [source(c) for c in cells_of(ROOT / "nbs/index.ipynb") if source(c).startswith("### Letters that mean something else")]
+    rows = {cells[0]: cells[1:] for cells in ([part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| "))}
+    latin = {"00": {"w", "u", "h"}, "01": {"w", "h"}, "02": {"u"}, "03": {"u"}, "04": {"w", "u"}}      # formulas or code
+    assert rows.pop("letter") == list(GREEK) and set(rows) == {"β", "ε", "α", "w", "u", "h"}
+    for letter, meanings in rows.items():
+        used = {chapter for chapter in GREEK if (GREEK[chapter].get(letter) if letter in "βεα" else letter in latin[chapter])}
+        assert {chapter for chapter, meaning in zip(GREEK, meanings) if meaning != "–"} == used, letter
 
 
 def test_nothing_stands_twice():
