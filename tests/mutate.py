@@ -57,6 +57,7 @@ GROUPS = {
              "byte_round_trip or float_images or stands_upright or plain_or_stated or bounded or scans or together or repeated"),
     "pickles": (["tests/test_pickles.py"], "paid or budget or colliding"),
     "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
+    "interop": (["tests/test_interop.py"], "ddim or flow_matching or unet_is_told or azula or v_denoiser or k_denoiser or other_weights or loop_of_diffusers"),
 }
 
 MUTATIONS = [
@@ -166,6 +167,17 @@ MUTATIONS = [
     Mutation("square images have two equal axes", "arrays", "first = b == c != a", "first = a == c != b", "data"),
     Mutation("classes are bounded", "data", "MAX_CLASSES = 2**16", "MAX_CLASSES = 2**33", "data"),
     Mutation("decoded bytes are bounded", "archives", "2**30 + 256 * size", "2**40 + 256 * size", "data"),
+    # rooms 41 and 43: what other packages call the same thing
+    Mutation("levels of a DDPM pipeline", "interop", "((1 - alphas)/alphas).sqrt().tolist()", "(1 - alphas).sqrt().tolist()", "interop"),
+    Mutation("time of a flow pipeline", "interop", 'float(config.get("num_train_timesteps", 1000))', "1.0", "interop"),
+    Mutation("no class of a UNet", "interop", "numbers.where(total > 0, none)", "numbers", "interop"),
+    Mutation("sigma_data of a scheduler", "interop", "sigma_data=denoiser.sigma_data, rho=rho", "rho=rho", "interop"),
+    Mutation("rho of a scheduler", "interop", "sigma_data=denoiser.sigma_data, rho=rho", "sigma_data=denoiser.sigma_data", "interop"),
+    Mutation("scale of azula's state", "interop", "self.denoise(x_t / column,", "self.denoise(x_t,", "interop"),
+    Mutation("level of azula's time", "interop", "(sigma/alpha).to(x_t.device)", "sigma.to(x_t.device)", "interop"),
+    Mutation("scale of a state for azula", "interop", "self.denoiser(column * x,", "self.denoiser(x,", "interop"),
+    Mutation("level of a batch for k-diffusion", "interop", "model(x.to(dtype), sigma.expand(x.shape[0])", "model(x.to(dtype), sigma", "interop"),
+    Mutation("score of other weights", "hub", "measured != file_hash(file)", "False", "interop"),
     Mutation("budget of a pickle", "pickles", "machine.budget -= len(args[0])", "machine.budget -= 1", "pickles"),
 ]
 

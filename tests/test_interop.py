@@ -312,6 +312,21 @@ def test_their_v_denoiser_is_our_row_v(shape):
     torch.testing.assert_close(found, Preconditioned(net, v_scalings)(x, sigma), atol=2e-6, rtol=1e-5)
 
 
+def test_a_k_denoiser_is_asked_as_its_samplers_ask():
+    "One level per sample, everything in the precision of its weights; the answer is in ours. Whatever the level's shape here."
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+        def forward(self, x, sigma, **extra):
+            assert sigma.shape == (4,) and x.dtype == sigma.dtype == torch.float32 and extra == dict(class_cond=7)
+            return x * sigma.reshape(-1, 1, 1, 1)
+    denoise = interop.from_k_diffusion(Model())
+    for sigma in (2.0, torch.tensor(2.0), torch.tensor([2.0] * 4), torch.tensor([2.0])):
+        found = denoise(start().double(), sigma, class_cond=7)
+        assert found.dtype == torch.float64 and torch.equal(found, 2 * start().double())
+
+
 def test_their_edm_denoiser_under_our_sampler():
     layers, sampling = k_diffusion("layers", "sampling")
     theirs = layers.Denoiser(own_net(label_dim=0), sigma_data=0.75)
