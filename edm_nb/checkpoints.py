@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'FOREIGN', 'MAX_CONFIG', 'RECORD', 'WEIGHTS', 'CheckpointError', 'model_files', 'write_tensors', 'save',
-           'read_config', 'check_kinds', 'read_tensors', 'fit', 'sketch', 'rebuild', 'precondition', 'load', 'pack',
-           'unpack', 'digest', 'state_files', 'latest_state', 'save_state', 'read_state', 'load_state', 'last_good',
-           'rng_state', 'set_rng_state']
+           'read_config', 'check_kinds', 'read_tensors', 'fit', 'sketch', 'rebuild', 'precondition', 'check_hash',
+           'load_own', 'load', 'pack', 'unpack', 'digest', 'state_files', 'latest_state', 'save_state', 'read_state',
+           'load_state', 'last_good', 'rng_state', 'set_rng_state']
 
 # %% ../nbs/14_checkpoints.ipynb #b216c041
 import errno, hashlib, json, random, re
@@ -18,6 +18,7 @@ from . import __version__
 from .data import hash_buffer
 from .files import file_hash, write_atomic
 from .networks import build_network
+from .own_network import is_own, network_table, rebuild_own
 from .preconditioning import Preconditioned
 
 # %% ../nbs/14_checkpoints.ipynb #f338a731
@@ -65,23 +66,24 @@ def write_tensors(path:Path,       # .safetensors file
     return write_atomic(path, write)
 
 def save(path,                     # folder, or a name that ends in .safetensors
-         denoiser:Preconditioned,  # its network has a `.config` for `build_network`
+         denoiser:Preconditioned,  # around any network, see `network_table`
          licence:str="",           # of the weights, where they are not yours
          **extra,                  # JSON-able notes: data, images seen, results
         ) -> Path:                 # the tensor file
     """Write a denoiser as safetensors and a JSON configuration that rebuilds it.
 
-    The live model is untouched. Raises CheckpointError for a network without `.config`,
-    TypeError for notes that JSON cannot hold, and OSError where there is no room.
+    The live model is untouched. Raises CheckpointError for what is no module, TypeError
+    for notes that JSON cannot hold, and OSError where there is no room.
     """
     (tensors, config), net = model_files(path), denoiser.net
-    if not hasattr(net, "config"):
-        raise CheckpointError(
-            f"{path}: {type(net).__name__} has no .config to rebuild it from")
+    if not isinstance(net, nn.Module):
+        raise CheckpointError(f"{path}: {type(net).__name__} is no torch.nn.Module")
     state = {name: value.detach().cpu().contiguous().clone()
              for name, value in net.state_dict().items()}
     record = dict(format=FORMAT, package="edm_nb", version=__version__,
-                  network=net.config, denoiser=denoiser.config)
+                  network=network_table(net), denoiser=denoiser.config)
+    shape = getattr(denoiser, "data_shape", None)   # of one sample, where not the net's
+    record |= dict(shape=list(shape)) if shape else {}
     record |= dict(licence=licence) if licence else {}
     json.dumps(record | extra)   # before anything is written: what is no JSON raises
     write_tensors(tensors, state, {"format": "pt"})
@@ -178,7 +180,7 @@ def fit(net:nn.Module,      # a network, maybe on the meta device
             raise CheckpointError(
                 f"{where}: {name} has shape {list(found.shape)}, the network needs "
                 f"{list(value.shape)}")
-        if found.dtype not in WEIGHTS:
+        if found.dtype not in WEIGHTS and found.dtype != value.dtype:
             raise CheckpointError(
                 f"{where}: {name} holds {found.dtype}; weights are float32, float16, "
                 "bfloat16 or float64")
@@ -228,11 +230,46 @@ def precondition(net:nn.Module,      # from `rebuild`
                               f"({str(error)[:200]})") from None
 
 # %% ../nbs/14_checkpoints.ipynb #f7f961ca
+def check_hash(record:dict,   # from `read_config`
+               file:Path,     # the tensors
+              ) -> None:
+    "Raise a CheckpointError where a file is not the one that its record describes."
+    if (found := file_hash(file)) != record["sha256"]:
+        raise CheckpointError(
+            f"{file}: damaged or not the file that {file.stem}.json describes "
+            f"(sha256 {found[:12]}…, expected {record['sha256'][:12]}…)")
+
+def load_own(record:dict,          # from `read_config`
+             file:Path,            # the tensors
+             net,                  # as for `load`
+             allow,                # as for `load`
+            ) -> Preconditioned:   # in evaluation mode; a given module is filled
+    "The half of `load` for networks that this package cannot build."
+    try: net = rebuild_own(record["network"], net, allow)
+    except ValueError as error: raise CheckpointError(f"{file}: {error}") from None
+    check_hash(record, file)
+    tensors = read_tensors(file)
+    fit(net, tensors, file)
+    net.load_state_dict(tensors)
+    denoiser, shape = precondition(net, record["denoiser"], file), record.get("shape")
+    if shape is not None:
+        if type(shape) is not list or not all(type(n) is int and n > 0 for n in shape):
+            raise CheckpointError(f"{file}: shape is {str(shape)[:60]}; expected sizes")
+        denoiser.data_shape = tuple(shape)
+    return denoiser
+
 def load(path,                 # folder, .safetensors or .json
          device="cpu",         # where it goes
+         net=None,             # a network of your own: the module, or what builds it
+         allow=(),             # names of code that may be imported to build it
         ) -> Preconditioned:   # in evaluation mode
-    "Read what `save` has written; `CheckpointError` when a byte is not as it was."
+    """Read what `save` has written; `CheckpointError` when a byte is not as it was.
+
+    A file that names code is refused unless `net` or `allow` comes from the caller.
+    """
     record, (file, config_file) = read_config(path), model_files(path)
+    if net is not None or is_own(record["network"]):
+        return load_own(record, file, net, allow).to(device)
     shapes = sketch(record["network"], file).state_dict().values()
     numbers = sum(value.numel() for value in shapes)
     size, most = file.stat().st_size, 8*numbers + 16 * 2**20
@@ -240,10 +277,7 @@ def load(path,                 # folder, .safetensors or .json
         raise CheckpointError(
             f"{file}: {size:,} bytes; the network that {config_file.name} describes "
             f"has at most {most:,}")
-    if (found := file_hash(file)) != record["sha256"]:
-        raise CheckpointError(
-            f"{file}: damaged or not the file that {config_file.name} describes "
-            f"(sha256 {found[:12]}…, expected {record['sha256'][:12]}…)")
+    check_hash(record, file)
     net = rebuild(record["network"], read_tensors(file), file)
     return precondition(net, record["denoiser"], config_file).to(device)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MENDABLE', 'BY_NAME', 'MOST_NUMBERS', 'SOLVERS', 'ROWS', 'SETS', 'FEATURES', 'app', 'Out', 'MaybeOut', 'Overwrite',
            'Json', 'Timeout', 'Labels', 'At', 'Device', 'Batch', 'Classes', 'TableRow', 'Sigmas', 'Steps', 'SigmaMin',
-           'SigmaMax', 'Rho', 'Solver', 'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'Official',
+           'SigmaMax', 'Rho', 'Solver', 'SChurn', 'STmin', 'STmax', 'SNoise', 'Guidance', 'Guide', 'Allow', 'Official',
            'FeatureName', 'Weights', 'SAMPLING', 'CHURN', 'UsageError', 'polite_sigterm', 'plain_warnings', 'one_line',
            'explain', 'friendly', 'parse_numbers', 'check_ending', 'not_taken', 'free_name', 'check_choice',
            'must_exist', 'only_for', 'show_version', 'every_command', 'option', 'light_checks', 'check_features',
@@ -188,7 +188,7 @@ SOLVERS = ("heun", "euler", "midpoint", "ralston", "ab2", "ab3", "ab4",
            "dpmpp_2m")
 ROWS = ("edm", "vp", "ve", "iddpm")
 SETS = ("digits", "cifar10", "cifar10-test")
-FEATURES = ("pixels", "cifar-features", "inception")
+FEATURES = ("pixels", "cifar-features", "inception", "values")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
@@ -252,13 +252,16 @@ Guidance = option(float, "--guidance",
                   help="w: 0 is none, 1 doubles the difference to the guide")
 Guide = option(Optional[Path], "--guide",
                help="a weaker model (autoguidance); default: the same without label")
+Allow = option(Optional[list[str]], "--allow",
+               help="code that may be imported to build a network of your own: "
+                    "package.module:function, as the model names it")
 Official = option(bool, "--official-seeds",
                   help="noise, class and churn in the order of the authors' script, "
                        "on the model's device: their seeds give their images")
 FeatureName = option(Optional[str], "--features",
-                     help="pixels, cifar-features, or inception (the network of "
-                          "published FIDs); default: cifar-features for 3 x 32 x 32 "
-                          "images, else pixels")
+                     help="pixels, cifar-features, inception (the network of "
+                          "published FIDs), or values (floats as they are); default: "
+                          "cifar-features for 3 x 32 x 32 images, else pixels")
 Weights = option(Optional[Path], "--weights",
                  help="a local file of the Inception weights; default: download")
 
@@ -402,8 +405,9 @@ def sample(context:typer.Context,
            solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
            S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf,
            S_noise:SNoise=1.0, guidance:Guidance=0.0, guide:Guide=None, at:At=None,
-           official:Official=False, batch:Batch=64, device:Device=None,
-           overwrite:Overwrite=False, timeout:Timeout=600, as_json:Json=False):
+           official:Official=False, allow:Allow=None, batch:Batch=64,
+           device:Device=None, overwrite:Overwrite=False, timeout:Timeout=600,
+           as_json:Json=False):
     """Draw images by seed: a folder of PNGs, one .png sheet, an .npz or a .zip.
     The image of a seed is always the same."""
     given = dict(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
@@ -419,7 +423,8 @@ def sample(context:typer.Context,
     from edm_nb import commands
     sampling = as_sampling(table_row, sigmas, **given)
     show(commands.sample(model, out, numbers, sampling, wanted, labels, guide, at,
-                         batch, device, overwrite, official, timeout), as_json)
+                         batch, device, overwrite, official, timeout, allow or ()),
+         as_json)
 
 # %% ../nbs/15_cli.ipynb #c1bcff76
 @app.command(epilog="Example:  edm-nb stats cifar10-train.zip --features "
@@ -464,7 +469,7 @@ def fid(context:typer.Context,
         solver:Solver=None, table_row:TableRow="edm", sigmas:Sigmas=None,
         S_churn:SChurn=0.0, S_tmin:STmin=0.0, S_tmax:STmax=math.inf,
         S_noise:SNoise=1.0, guidance:Guidance=0.0, guide:Guide=None, at:At=None,
-        official:Official=False,
+        official:Official=False, allow:Allow=None,
         kid:option(bool, "--kid", help="the kernel distance as well")=False,
         precision:option(bool, "--precision",
                          help="precision and recall as well")=False,
@@ -500,7 +505,7 @@ def fid(context:typer.Context,
     sampling = as_sampling(table_row, sigmas, **given)
     found = measuring.fid(source, ref, out, sampling, n, repeats, seed, wanted, labels,
                           guide, at, features, weights, batch, device, overwrite,
-                          timeout, official, kid=kid, precision=precision,
+                          timeout, official, allow or (), kid=kid, precision=precision,
                           neighbours=neighbours)
     show(found, as_json)
 

@@ -396,17 +396,18 @@ def write_images(out:Path,              # .png, .zip or .npz
     if out.suffix == ".png": return save_png(out, images, columns)
     if out.suffix == ".zip":
         return write_zip(out, ImageSet(images, labels, out.stem)) or out
-    arrays = dict(images=images.numpy(), seeds=np.array(seeds), layout="NCHW")
+    axes = {2: "", 3: "L", 4: "HW"}.get(images.ndim, "DHW")
+    arrays = dict(images=images.numpy(), seeds=np.array(seeds), layout="NC" + axes)
     if labels is not None: arrays["labels"] = labels.numpy()
     def write(path):
         with open(path, "wb") as file:       # to a name, numpy would add an ending
             np.savez_compressed(file, **arrays)
     return write_atomic(out, write)
 
-def models_of(team:Team, model:Path, at:int|None, guide:Path|None) -> list:
+def models_of(team:Team, model:Path, at:int|None, guide:Path|None, allow=()) -> list:
     "The model, and the guide if there is one."
-    models = [load_model(model, team.device, at)]
-    return models + ([load_model(guide, team.device)] if guide else [])
+    models = [load_model(model, team.device, at, allow=allow)]
+    return models + ([load_model(guide, team.device, allow=allow)] if guide else [])
 
 def own_range(sampling:Sampling,   # as it was asked for
               known:dict,          # from `known_about`
@@ -443,6 +444,7 @@ def sample(model:Path,                   # a checkpoint or a run folder
            overwrite:bool=False,
            official:bool=False,          # streams of the published script
            timeout:float=600,            # seconds until a silent partner counts as dead
+           allow=(),                     # names of code that builds a network
           ) -> dict:                     # out, n, evaluations
     "Draw images by seed and write them."
     known = known_about(model, at)
@@ -452,8 +454,8 @@ def sample(model:Path,                   # a checkpoint or a run folder
     latents = facts.get("dtype") == "float32" and out.suffix == ".npz"
     with join_team(device, timeout) as team:
         if not as_folder: on_first(team, lambda: free_path(out, overwrite))
-        models = models_of(team, model, at, guide)
-        check_channels(out, image_shape(models[0])[0])
+        models = models_of(team, model, at, guide, allow)
+        check_channels(out, image_shape(models[0]))
         if team.rank == 0:
             warn_guidance(known, sampling, guide)
             if vectors is None: warn_classes(known, classes)
@@ -472,10 +474,14 @@ def sample(model:Path,                   # a checkpoint or a run folder
 
 FORMS = (".png", ".npz", ".zip")
 
-def check_channels(out:Path, channels:int) -> None:
+def check_channels(out:Path, shape:tuple) -> None:
     "Refuse a picture of a model that does not draw pictures, before it is drawn."
-    if channels not in (1, 3) and out.suffix != ".npz":
-        raise ValueError(f"--out {out}: the model draws {channels} channels, pictures "
+    if out.suffix == ".npz": return
+    if len(shape) != 3:
+        raise ValueError(f"--out {out}: the model draws values of shape {list(shape)} "
+                         "and no pictures; write an .npz")
+    if shape[0] not in (1, 3):
+        raise ValueError(f"--out {out}: the model draws {shape[0]} channels, pictures "
                          "have 1 or 3; write an .npz")
 
 def write_parts(team:Team, out:Path, seeds:list[int], drawn, as_vectors:bool,

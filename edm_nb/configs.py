@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPILE', 'RULES', 'PAPER_COST', 'DIGITS', 'PRESETS', 'TrainConfig', 'is_whole', 'is_number', 'check_config', 'short',
-           'parameters_of', 'check_names', 'check_tables', 'config_from', 'config_json', 'read_config',
+           'parameters_of', 'check_names', 'check_network', 'check_tables', 'config_from', 'config_json', 'read_config',
            'scale_durations', 'check_length', 'ladder', 'cifar10_ladder', 'table_1_rows', 'describe']
 
 # %% ../nbs/24_configs.ipynb #96c1e161
@@ -16,6 +16,7 @@ from .augmentation import AugmentPipe
 from .networks import check_sizes, network as unet, STYLES
 from .framework import vp_schedule
 from .generation import Sampling
+from .own_network import check_own, is_own
 from .preconditioning import Preconditioned
 from .training import QUANTILES, WEIGHTS
 
@@ -30,7 +31,7 @@ class TrainConfig:
     data_limit:int|None = None         # use so many, chosen at random, always the same
     resolution:int|None = None         # average-pool the images down to so many pixels
     conditional:bool = True            # train on class labels
-    network:dict = field(default_factory=lambda: {"arch": "tiny"})  # `build_network`
+    network:dict = field(default_factory=lambda: {"arch": "tiny"})  # or "import"
     precond:dict = field(default_factory=lambda:       # arguments of `Preconditioned`
                          {"scalings": "edm", "sigma_data": 0.5})
     sigma:str = "lognormal"            # a key of QUANTILES
@@ -149,15 +150,21 @@ def check_names(what:str, given:dict, known:list[str]) -> None:
         raise ValueError(f"{what} has no {', '.join(map(str, unknown))}; "
                          f"expected some of {', '.join(known) or 'nothing'}")
 
-def check_tables(config:TrainConfig) -> None:   # the rest of `check_config`
-    "Try what the tables of a configuration are for."
-    arch = config.network.get("arch")
+def check_network(table:dict) -> None:   # `network` of a configuration
+    "Names that a network of ours knows, or a name that leads to one of your own."
+    if is_own(table): return check_own(table)
+    arch = table.get("arch")
     if type(arch) is not str or arch not in STYLES:
         raise ValueError(f"network.arch is {short(arch)}; expected one of "
-                         f"{', '.join(STYLES)}")
-    check_names("network", config.network, parameters_of(unet, "generator"))
-    try: check_sizes(config.network)
+                         f"{', '.join(STYLES)}, or network.import with "
+                         "'package.module:function' for a network of your own")
+    check_names("network", table, parameters_of(unet, "generator"))
+    try: check_sizes(table)
     except ValueError as error: raise ValueError(f"network.{error}") from None
+
+def check_tables(config:TrainConfig) -> None:   # the rest of `check_config`
+    "Try what the tables of a configuration are for."
+    check_network(config.network)
     quantile, rates = QUANTILES[config.sigma], parameters_of(vp_schedule)
     check_names(f"sigma_args of {config.sigma!r}", config.sigma_args,
                 parameters_of(quantile, "u") + rates * (config.sigma == "vp"))

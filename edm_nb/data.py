@@ -21,8 +21,8 @@ from torch import Tensor
 from .archives import (checked_header, decode_all, label_limit, label_tensor,
                              MAX_MEMBER, no_zip, one_size, open_folder, open_zip,
                              Source)
-from .arrays import (channels_first, float_images, npz_labels, NUMPY_GLOBALS,
-                           pickled_array)
+from .arrays import (any_rank, channels_first, float_images, npz_labels,
+                           NUMPY_GLOBALS, pickled_array)
 from .files import DataError, read_npz, write_atomic
 from .images import MAX_SIDE, png_bytes
 from .pickles import PickleReader
@@ -32,10 +32,11 @@ from .pickles import PickleReader
 class ImageSet:
     """Images `[N, C, H, W]` with their labels; checked when it is made.
 
-    uint8, or float32 with −1..1 as black..white.
+    uint8, or float32 with −1..1 as black..white. Floats may also be vectors `[N, C]`,
+    series `[N, C, L]` or volumes, for a network of your own.
     Raises `DataError` for a broken promise.
     """
-    images: Tensor                  # uint8 or float32 `[N, C, H, W]`; may be mapped
+    images: Tensor                  # uint8 or float32 `[N, C, ...]`; may be mapped
     labels: Tensor|None = None      # int64 classes `[N]`, float32 vectors `[N, D]`
     name: str = "images"            # what figures and records call it
     class_names: tuple = ()         # one string per class, or empty
@@ -71,12 +72,13 @@ def check_contract(image_set:ImageSet,  # the set to look at
                   ) -> None:            # raises `DataError` when a promise is broken
     "Dtype, rank, emptiness and agreement of images and labels."
     x, y, name = image_set.images, image_set.labels, image_set.name
-    kinds = (torch.uint8, torch.float32)
-    if not isinstance(x, Tensor) or x.ndim != 4 or x.dtype not in kinds:
+    kind = (x.dtype, x.ndim == 4) if isinstance(x, Tensor) and x.ndim > 1 else None
+    kinds = [(torch.uint8, True), (torch.float32, True), (torch.float32, False)]
+    if kind not in kinds:
         got = type(x).__name__
         if isinstance(x, Tensor): got = f"{x.dtype} {list(x.shape)}"
-        raise DataError(f"{name}: expected a uint8 or float32 tensor [N, C, H, W], got "
-                        f"{got}")
+        raise DataError(f"{name}: expected a uint8 or float32 tensor [N, C, H, W], or "
+                        f"float32 [N, C, ...], got {got}")
     if 0 in x.shape:
         raise DataError(f"{name}: expected at least one image and one pixel, got shape "
                         f"{list(x.shape)}")
@@ -362,7 +364,7 @@ def write_zip(path,                # where; a file there is replaced by a comple
     Raises `DataError` for what `load_images` would refuse to read.
     """
     path, x = Path(path), image_set.images
-    fits = x.shape[1] in (1, 3) and max(x.shape[2:]) <= MAX_SIDE
+    fits = x.ndim == 4 and x.shape[1] in (1, 3) and max(x.shape[2:]) <= MAX_SIDE
     if x.dtype != torch.uint8 or not fits:
         raise DataError(f"{path}: a zip holds uint8 images of 1 or 3 channels and "
                         f"sides up to {MAX_SIDE}, got {x.dtype} {list(x.shape)}")
@@ -435,6 +437,7 @@ def load_npz(path:Path,        # with `images` (or one unnamed), `labels`, `layo
             ) -> ImageSet:     # uint8 or float32 images
     """Images `[N, C, H, W]` or `[N, H, W, C]` of any channel count, also latents.
 
+    Floats of other ranks are vectors `[N, C]`, series, volumes: `any_rank`.
     Raises `DataError`, also where the layout is neither stated nor plain.
     """
     if not zipfile.is_zipfile(path): raise DataError(no_zip(path, wanted="an npz"))
@@ -444,12 +447,15 @@ def load_npz(path:Path,        # with `images` (or one unnamed), `labels`, `layo
         arrays |= read_npz(path, ("arr_0", "arr_1"), most)
     images = arrays.get("images", arrays.get("arr_0"))
     labels = arrays.get("labels", arrays.get("arr_1"))
-    if images is None or images.ndim != 4:
+    floats = images is not None and images.ndim > 1 and images.dtype.kind == "f"
+    if images is None or images.ndim != 4 and not floats:
         found = "none" if images is None else f"one of shape {list(images.shape)}"
-        raise DataError(f"{path}: expected an array named images of rank 4, found "
-                        f"{found}")
-    images = channels_first(images, arrays.get("layout"), path)
-    if images.dtype != np.uint8: images = float_images(images, path)
+        raise DataError(f"{path}: expected an array named images of rank 4 (or floats "
+                        f"[N, C, ...]), found {found}")
+    rank, layout = images.ndim, arrays.get("layout")
+    images = (channels_first if rank == 4 else any_rank)(images, layout, path)
+    if rank != 4: images = float_images(images, path, most=math.inf)
+    elif images.dtype != np.uint8: images = float_images(images, path)
     labels = None if labels is None else npz_labels(labels, path)
     images = torch.from_numpy(np.ascontiguousarray(images))
     return replace(ImageSet(images, labels, str(path)), name=path.stem)

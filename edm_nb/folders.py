@@ -332,7 +332,8 @@ def sample_grid(denoiser:Preconditioned,   # in eval mode
                 labels:Tensor|None=None,   # label vectors `[N, label_dim]`, in turn
                ) -> Tensor:                # `[rows × 10, C, H, W]`, a class per column
     "A sheet of samples with the deterministic sampler."
-    n, label_dim, given = rows*10, denoiser.net.label_dim, {}
+    n, given = rows*10, {}
+    label_dim = getattr(denoiser.net, "label_dim", 0)
     if label_dim and labels is not None: given = {"vectors": labels.float().cpu()}
     elif label_dim: given = {"classes": [column % label_dim for column in range(10)]}
     drawn = generate(denoiser, range(seed*n, (seed + 1)*n), Sampling(steps),

@@ -59,9 +59,10 @@ def model_file(path:Path,             # a checkpoint file, or a run folder
 def load_model(path:Path,                        # a checkpoint file, or a run folder
                device:str|torch.device="cpu",
                at:int|None=None,                 # images seen, of a kept model
+               **own,                            # net, allow: as for `checkpoints.load`
               ) -> Preconditioned:               # in eval mode
     "A denoiser from a checkpoint file or from a run folder."
-    return checkpoints.load(model_file(path, at), device=device)
+    return checkpoints.load(model_file(path, at), device=device, **own)
 
 def known_about(path:Path,        # as for `model_file`
                 at:int|None=None,
@@ -320,10 +321,11 @@ def unused_draws(sampling:Sampling,       # settings
     return unused
 
 # %% ../nbs/23_generation.ipynb #bb752b03
-def image_shape(denoiser:Preconditioned) -> tuple[int, int, int]:   # C, H, W
-    """The shape of one image.
+def image_shape(denoiser:Preconditioned) -> tuple:   # C, H, W; or C, ...
+    """The shape of one image, or of whatever else a network of your own was trained on.
     ValueError where the network does not say."""
-    net = denoiser.net
+    net, shape = denoiser.net, getattr(denoiser, "data_shape", None)
+    if shape is not None: return tuple(shape)
     if not (hasattr(net, "resolution") and hasattr(net, "channels")):
         raise ValueError(f"{type(net).__name__} has no channels and resolution; give "
                          "the shape of an image, shape=(C, H, W)")

@@ -17,7 +17,7 @@ from edm_nb.commands import (
 )
 from .data import ImageSet
 from edm_nb.features import (
-    cifar_features, extract, feature_stats, inception, pixels, stats_distance
+    cifar_features, extract, feature_stats, inception, pixels, stats_distance, Values
 )
 from .files import read_npz, write_atomic
 from .frechet import FeatureStats, save_stats
@@ -43,14 +43,15 @@ def feature_network(name:str|None,           # as results carry it; None: what f
     "A feature network by name; by default the one that fits the shape of the images."
     if name is None:
         fits = tuple(shape) in ((3, 32, 32), (448, 1, 1))
-        name = "cifar-features" if fits else "pixels"
+        name = "cifar-features" if fits else "pixels" if len(shape) == 3 else "values"
     if weights is not None and name != "inception":
         raise ValueError(f"--weights belong to --features inception, not to {name}")
     if name == "pixels": return pixels(shape)
+    if name == "values": return Values(shape)
     if name == "cifar-features": return cifar_features(device)
     if name == "inception": return inception(weights, device=device)
-    raise ValueError(f"--features {name!r}: expected pixels, cifar-features or "
-                     "inception")
+    raise ValueError(f"--features {name!r}: expected pixels, cifar-features, inception "
+                     "or values")
 
 def image_stats(source:str, features, batch:int=256) -> FeatureStats:
     "Statistics of a named set, of images on disk, or of a statistics file."
@@ -65,12 +66,12 @@ def stats_file(source:str) -> dict|None:   # name and dimension; None for anythi
     if "mu" not in found: return None
     return dict(name=str(found.get("name", "")), dim=int(found["mu"].size))
 
-def source_shape(source:str) -> tuple[int, int, int]:   # C, H, W
+def source_shape(source:str) -> tuple:   # C, H, W; of vectors and series C, ...
     "The shape of the images behind a name, a path or a statistics file."
     about = stats_file(source)
     if about is None: return tuple(named_set(source).images.shape[1:])
-    pixel_shape = re.fullmatch(r"pixels-(\d+)x(\d+)x(\d+)", about["name"])
-    if pixel_shape: return tuple(map(int, pixel_shape.groups()))
+    named = re.fullmatch(r"(?:pixels|values)-(\d+(?:x\d+)*)", about["name"])
+    if named: return tuple(map(int, named[1].split("x")))
     return about["dim"], 1, 1
 
 def shared_features(source:str, ref:str, name:str|None, weights:Path|None, device):
@@ -99,10 +100,12 @@ def check_bytes(known:dict, source:str) -> None:   # from `known_about`; for mes
     bytes as if −1 were black and 1 white."""
     facts = known.get("data")
     if not isinstance(facts, dict) or facts.get("dtype") != "float32": return
-    channels = (facts.get("shape") or [None])[0]
+    shape = facts.get("shape") or []
+    if len(shape) not in (0, 3): return                  # vectors: nobody takes bytes
+    channels = shape[0] if shape else None
     if channels not in (None, 1, 3):
         raise ValueError(f"{source} was trained on float data of {channels} channels; "
-                         "fid compares images of bytes")
+                         "fid compares images of bytes, or floats by --features values")
     warnings.warn(f"{source} was trained on float data; for the distance its samples "
                   "become bytes, −1 black and 1 white", stacklevel=2)
 
@@ -155,9 +158,10 @@ def model_score(team:Team, source:Path, ref:str, features:str|None, weights:Path
                 guide:Path|None,
                 given:dict,      # classes, vectors, official
                 wanted:dict,     # as in `beside`
+                allow=(),        # names of code that builds a network
                ) -> tuple:       # `Score`, what `beside` adds
     "Draw, count, compare: `metrics.measure` with a model of ours, its cost said first."
-    models = models_of(team, source, None, guide)
+    models = models_of(team, source, None, guide, allow)
     network = feature_network(features, image_shape(models[0]), weights, team.device)
     more = any(wanted.values())
     kept = Kept(network, n) if more else network
@@ -165,7 +169,8 @@ def model_score(team:Team, source:Path, ref:str, features:str|None, weights:Path
         raise ValueError("--kid, --precision and --neighbours need all features in "
                          "one place; run them on one process")
     draw = functools.partial(generate, models[0], sampling=sampling, batch=batch,
-                             guide=models[1] if guide else None, **given)
+                             guide=models[1] if guide else None,
+                             as_bytes=not isinstance(network, Values), **given)
     nfe = count_evaluations(sampling, *models)
     cost = sampling_cost(n, nfe, repeats, draw, batch)
     say(team, f"{repeats} × {n} images × {nfe} evaluations = {cost['evaluations']:,} "
@@ -212,6 +217,7 @@ def fid(source:str,                  # a model, images, or a statistics file
         at:int|None=None, features:str|None=None, weights:Path|None=None, batch:int=256,
         device:str|None=None, overwrite:bool=False, timeout:float=600,
         official:bool=False,         # streams of the published script
+        allow=(),                    # names of code that builds a network
         **wanted,                    # kid, precision, neighbours
        ) -> dict:                    # a `Score` as values
     "Fréchet distance of a model or of images, with the protocol it was measured by."
@@ -220,7 +226,7 @@ def fid(source:str,                  # a model, images, or a statistics file
     with join_team(device, timeout) as team:
         if is_model(source) or at is not None:
             known = known_about(source, at)
-            check_bytes(known, source)
+            if features != "values": check_bytes(known, source)
             sampling = own_range(sampling, known)
             if team.rank == 0:
                 warn_guidance(known, sampling, guide)
@@ -229,7 +235,8 @@ def fid(source:str,                  # a model, images, or a statistics file
                          vectors=label_vectors(known, labels, classes))
             file = model_file(source, at)
             score, extra = model_score(team, file, ref, features, weights, n, repeats,
-                                       seed, batch, sampling, guide, given, wanted)
+                                       seed, batch, sampling, guide, given, wanted,
+                                       allow)
         else:
             score, extra = images_score(team, source, ref, features, weights, batch,
                                         wanted)

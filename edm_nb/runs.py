@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['choose', 'load_data', 'shrink', 'to_device', 'check_data', 'check_scale', 'Team', 'pick_device', 'from_environment',
-           'told_by_torchrun', 'join_team', 'gather', 'on_first', 'agree', 'wrap', 'Progress', 'TrainingDiverged',
-           'Meter', 'deferred_interrupt', 'due', 'run_loop', 'open_run', 'finish', 'train', 'fit']
+           'told_by_torchrun', 'join_team', 'gather', 'on_first', 'agree', 'wrap', 'same_start', 'Progress',
+           'TrainingDiverged', 'Meter', 'deferred_interrupt', 'due', 'run_loop', 'open_run', 'finish', 'train', 'fit']
 
 # %% ../nbs/25_runs.ipynb #f1693ec2
-import contextlib, dataclasses, math, os, signal, sys, threading, time, torch
+import contextlib, copy, dataclasses, math, os, signal, sys, threading, time, torch
 import torch.distributed as dist
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,8 +23,10 @@ from edm_nb.folders import (
     check_continues, clear_run, data_facts, holds_run, lock_folder,
     mend_log, model_is_current, restore_run, RunLog, save_model, save_run, sweep
 )
+from .own_network import is_own, network_table
 from .preconditioning import estimate_sigma_data, Preconditioned, warn_sigma_data
 from .randomness import IndexStream, stream_seed
+from .training import EMA
 from edm_nb.updates import (
     compiled, ema_denoiser, how_to_compile, make_batch, new_state, train_step,
     TrainState
@@ -56,10 +58,11 @@ def shrink(images:ImageSet,     # square, of a multiple of `resolution` pixels
     Raises ValueError where blocks do not fit.
     """
     x = images.images
-    n, C, H, side = x.shape
-    if H != side:
-        raise ValueError(f"resolution {resolution}: the images are {[H, side]}, only "
+    n, C, *size = x.shape
+    if len(size) != 2 or size[0] != size[1]:
+        raise ValueError(f"resolution {resolution}: the images are {size}, only "
                          "square ones are shrunk")
+    side = size[0]
     if side % resolution:
         raise ValueError(f"resolution {resolution} does not divide the image size "
                          f"{side}")
@@ -92,6 +95,10 @@ def check_data(config:TrainConfig,   # what to train
         raise ValueError(f"conditional=True, but the image set {data.name!r} has no "
                          "labels; set conditional=False (--no-conditional)")
     C, micro = data.images.shape[1], config.micro_batch or 1
+    drawn = ("xflip", "augment", "grid_every") if data.images.ndim != 4 else ()
+    if asked := [name for name in drawn if getattr(config, name)]:
+        raise ValueError(f"{asked[0]} is for pictures [N, C, H, W], the data are "
+                         f"{list(data.images.shape)}; leave it out")
     if config.grid_every and C not in (1, 3):
         raise ValueError("grid_every draws pictures of 1 or 3 channels, the data have "
                          f"{C}; set grid_every=0")
@@ -226,8 +233,16 @@ def wrap(state:TrainState,   # whose denoiser is wrapped
     forward = compiled(state.denoiser, how_to_compile(state.config, team.device))
     if team.world == 1: return forward
     ids = [team.device] if team.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(forward, device_ids=ids,
-                                               gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        forward, device_ids=ids, gradient_as_bucket_view=True,
+        find_unused_parameters=is_own(state.config.network))
+
+@torch.no_grad()
+def same_start(state:TrainState, team:Team) -> None:
+    "Give every process the first weights of the first, and its averages."
+    if team.world == 1: return
+    for value in state.denoiser.state_dict().values(): dist.broadcast(value, 0)
+    state.ema = EMA(state.denoiser)
 
 # %% ../nbs/25_runs.ipynb #758a769e
 @dataclass
@@ -378,8 +393,11 @@ def train(config:TrainConfig,             # what to train
           device:str|torch.device|None=None,   # the default is the GPU if there is one
           timeout:float=600,              # seconds; a silent partner then is dead
           overwrite:bool=False,           # delete the run in the folder and start anew
+          net:nn.Module|None=None,        # of your own; a copy of it is trained
          ) -> Iterator[Progress]:         # every `log_every` images; none if finished
     """Train, or continue the folder's run.
+
+    A `net` takes the place of the configuration's network, see room 43.
 
     Raises ValueError for what cannot work or would destroy something, FolderBusy,
     TrainingDiverged, and OSError for a disk that is full; what was saved stays whole.
@@ -390,7 +408,11 @@ def train(config:TrainConfig,             # what to train
         data = data if data is not None else load_data(config)
         check_data(config, data, team.world)
         if folder is None or not (folder/"config.json").exists(): check_length(config)
-        state = new_state(config, data, team.device)
+        if net is not None:
+            config = dataclasses.replace(config, network=network_table(net))
+            net = copy.deepcopy(net)
+        state = new_state(config, data, team.device, net)
+        if is_own(config.network): same_start(state, team)
         on_first(team, lambda: check_scale(state.denoiser, data))
         if folder is not None: state.about = agree(team, lambda: data_facts(data))
         labels, data, log = data.labels, to_device(data, team.device), None
@@ -425,5 +447,6 @@ def fit(config:TrainConfig,      # what to train
             bar.set_postfix(loss=f"{record.loss:.4f}")
     if record is not None: return ema_denoiser(record.state)
     with join_team(arguments.get("device")) as team:
-        file = Path(arguments["folder"])/"model.safetensors"
-        return checkpoints.load(file, team.device).requires_grad_(False)
+        file, net = Path(arguments["folder"])/"model.safetensors", arguments.get("net")
+        own = dict(net=copy.deepcopy(net), allow=config.network.get("import", ()))
+        return checkpoints.load(file, team.device, **own).requires_grad_(False)

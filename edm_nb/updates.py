@@ -16,6 +16,7 @@ from .augmentation import apply as apply_augment, AugmentPipe, Draw
 from .configs import COMPILE, TrainConfig
 from .data import ImageSet, one_hot, to_float
 from .networks import Block, build_network
+from .own_network import build_own, check_network, is_own, try_network
 from .preconditioning import Preconditioned
 from .randomness import IndexStream, stream_seed
 from edm_nb.training import (
@@ -102,15 +103,29 @@ class TrainState:
 # %% ../nbs/30_updates.ipynb #5c061e79
 def build_denoiser(config:TrainConfig,   # names network and preconditioning
                    data:ImageSet,        # fixes resolution, channels and classes
+                   net:nn.Module|None=None,   # one of your own
                   ) -> Preconditioned:
     """A new denoiser; its initial weights depend on the seed alone.
 
     Raises ValueError where the configuration contradicts the data.
     """
-    C, H, W = data.images.shape[1:]
-    arguments = dict(resolution=H if H == W else [H, W], channels=C, out_channels=C,
+    C, *size = data.images.shape[1:]
+    side = size[0] if size and len(set(size)) == 1 else size
+    arguments = dict(resolution=side, channels=C, out_channels=C,
                      label_dim=data.label_dim if config.conditional else 0,
                      augment_dim=9 if config.augment and config.augment_labels else 0)
+    if net is None and is_own(config.network):
+        net = build_own(config.network, arguments | dict(shape=[C, *size]),
+                        stream_seed(config.seed, "weights"))
+    if net is not None:
+        check_network(net, arguments["label_dim"], arguments["augment_dim"])
+        denoiser = Preconditioned.from_config(net, config.precond)
+        denoiser.data_shape = (C, *size)
+        return denoiser
+    if len(size) != 2:
+        raise ValueError(f"{config.network['arch']} takes images [N, C, H, W], the "
+                         f"data are {list(data.images.shape)}; train a network of your "
+                         "own (net=, or network.import)")
     for name, value in config.network.items():
         if value != arguments.get(name, value):
             raise ValueError(f"network.{name} is {value}, but the data make it "
@@ -124,10 +139,12 @@ def build_denoiser(config:TrainConfig,   # names network and preconditioning
 def new_state(config:TrainConfig,     # what to train
               data:ImageSet,          # fixes the shape of the network
               device:torch.device,    # where
+              net:nn.Module|None=None,   # one of your own, trained in place
              ) -> TrainState:
     "The state before the first update."
-    denoiser = build_denoiser(config, data).to(device).train()
-    if config.channels_last:
+    denoiser = build_denoiser(config, data, net).to(device).train()
+    if hasattr(denoiser, "data_shape"): try_network(denoiser)
+    if config.channels_last and data.images.ndim == 4:
         denoiser = denoiser.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True,
                                  betas=config.betas, eps=config.adam_eps)

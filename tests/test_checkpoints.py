@@ -88,8 +88,8 @@ def test_ordinary_permissions(tmp_path):
 
 
 def test_not_savable_writes_nothing(tmp_path):
-    with pytest.raises(CheckpointError, match="no .config"):
-        save(tmp_path/"m", Preconditioned(torch.nn.Conv2d(3, 3, 1)))
+    with pytest.raises(CheckpointError, match="no torch.nn.Module"):
+        save(tmp_path/"m", Preconditioned(lambda x, c_noise: x))
     with pytest.raises(TypeError):
         save(tmp_path/"m", Preconditioned(NETS["tiny"]()), note=object())
     assert not list(tmp_path.iterdir())

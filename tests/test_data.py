@@ -98,7 +98,7 @@ def test_import_is_light():
 @pytest.mark.parametrize("images,labels,match", [
     (torch.zeros(2, 3, 4, 4), None, None), (torch.zeros(2, 7, 4, 9, dtype=torch.uint8), None, None),
     (torch.zeros(2, 3, 4, 4), torch.zeros(2, 5), None),
-    (np.zeros((2, 3, 4, 4)), None, "got ndarray"), (torch.zeros(2, 3, 4), None, r"\[2, 3, 4\]"), (torch.zeros(2, 3, 4, 4).half(), None, "float16"),
+    (np.zeros((2, 3, 4, 4)), None, "got ndarray"), (torch.zeros(2, 3, 4), None, None), (torch.zeros(2, 3, 4, dtype=torch.uint8), None, r"\[2, 3, 4\]"), (torch.zeros(2), None, r"\[2\]"), (torch.zeros(2, 3, 4, 4).half(), None, "float16"),
     (torch.zeros(0, 3, 4, 4), None, "at least one"), (torch.zeros(2, 3, 0, 4), None, "at least one"),
     (torch.zeros(2, 3, 4, 4), torch.zeros(3, dtype=torch.int64), "2 images but 3 labels"), (torch.zeros(2, 3, 4, 4), torch.zeros(2), "int64"),
     (torch.zeros(2, 3, 4, 4), torch.tensor([0, -1]), "from -1 to 0")])
@@ -461,7 +461,7 @@ def test_npz_labels_are_never_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("arrays,match", [
-    (dict(x=np.zeros(3)), "array named images"), (dict(images=np.zeros((3, 3))), "rank 4"), (dict(images=np.zeros((2, 3, 4, 4)) + np.nan), "NaN"),
+    (dict(x=np.zeros(3)), "array named images"), (dict(images=np.zeros((3, 3), np.uint8)), "rank 4"), (dict(images=np.zeros(3)), "rank 4"), (dict(images=np.zeros((2, 3, 4, 4)) + np.nan), "NaN"),
     (dict(images=np.zeros((2, 3, 4, 4)) + 200.0), "reach 200"), (dict(images=np.zeros((2, 3, 4, 4), int)), "int64"),
     (dict(images=np.zeros((0, 3, 4, 4), np.uint8)), "at least one"), (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.array(["a", "b"])), "expected numbers"),
     (dict(images=np.zeros((2, 3, 4, 4), np.uint8), labels=np.zeros(3, int)), "2 images but 3 labels"),
