@@ -176,3 +176,37 @@ def test_half_an_environment_is_an_error(monkeypatch):
             for name in names: m.setenv(name, "2")
             with pytest.raises(ValueError, match=f"lacks {lacks}.*start through torchrun"):
                 with runs.join_team("cpu"): pass
+
+
+OWN = """
+from torch import nn
+from edm_nb.data import ImageSet
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.unused = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 3)), nn.Linear(2, 2)
+    def forward(self, x, c_noise): return self.inner(torch.cat([x, c_noise[:, None]], 1))
+torch.manual_seed(int(os.environ["RANK"]))
+more = dict(net=Net(), data=ImageSet(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), None, "noise"))
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_an_own_network_starts_the_same_on_every_process(tmp_path, monkeypatch):
+    "Each process drew other first weights, and a layer is never used: all train what a single process trains with the first's."
+    config = dataclasses.replace(TOY, conditional=False, label_dropout=0.0, augment=0.0, ema_rampup=None, precond={"scalings": "edm", "sigma_data": 1.0})
+    script = SCRIPT.replace("for record", OWN + "for record", 1).replace("device=", "**more, device=")
+    script = script.replace("[p.detach() for p in record.state.denoiser.parameters()]", "[*record.state.denoiser.parameters(), *record.state.ema.averages.values()]")
+    outputs = finish(processes := start(config, tmp_path/"two", script=script))
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    ranks = [torch.load(f"{tmp_path/'two'}-rank{r}.pt", weights_only=True) for r in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*ranks))
+    monkeypatch.setenv("RANK", "0"); monkeypatch.setenv("WORLD_SIZE", "1")
+    names = dict(os=os, torch=torch)
+    exec(OWN, names)
+    for record in runs.train(config, device="cpu", **names["more"]): pass
+    ours = [*record.state.denoiser.parameters(), *record.state.ema.averages.values()]
+    assert len(ours) == len(ranks[0])
+    for a, b in zip(ours, ranks[0]): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    saved = checkpoints.load(tmp_path/"two"/"model.safetensors", net=names["more"]["net"])
+    for a, b in zip(saved.parameters(), record.state.ema.averages.values()): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
