@@ -397,7 +397,7 @@ def train(config:TrainConfig,             # what to train
          ) -> Iterator[Progress]:         # every `log_every` images; none if finished
     """Train, or continue the folder's run.
 
-    A `net` takes the place of the configuration's network, see room 43.
+    A `net` takes the place of the configuration's network, see room 42.
 
     Raises ValueError for what cannot work or would destroy something, FolderBusy,
     TrainingDiverged, and OSError for a disk that is full; what was saved stays whole.
