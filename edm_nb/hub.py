@@ -13,7 +13,7 @@ from torch import nn
 from . import checkpoints
 from .checkpoints import CheckpointError
 from .files import file_hash
-from .interop import needs, write_folder
+from .interop import MAKER, needs, write_folder
 from .preconditioning import Preconditioned
 
 # %% ../nbs/45_hub.ipynb #547e88ed
@@ -76,14 +76,15 @@ def hub_class() -> type:   # a class
         def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None,
                              force_download=False, local_files_only=False, token=None,
                              score=None, licence="", notes=None, name="",
-                             device="cpu"):
+                             device="cpu", net=None, allow=()):
             folder = Path(model_id)
             if not folder.is_dir():
                 folder = Path(hub.snapshot_download(
                     model_id, revision=revision, cache_dir=cache_dir, token=token,
                     force_download=force_download, local_files_only=local_files_only,
                     allow_patterns=["model.safetensors", "model.json"]))
-            return cls(checkpoints.load(folder, device), score, licence, notes, name)
+            denoiser = checkpoints.load(folder, device, net, [MAKER, *allow])
+            return cls(denoiser, score, licence, notes, name)
 
         def generate_model_card(self, **kwargs):
             return hub.ModelCard(model_card(self.denoiser, self.name, self.score,
@@ -103,7 +104,8 @@ def for_hub(model,                 # a denoiser, or a checkpoint (its notes come
     """
     record = {}
     if not isinstance(model, nn.Module):
-        model, record = checkpoints.load(model), checkpoints.read_config(model)
+        record = checkpoints.read_config(model)
+        model = checkpoints.load(model, allow=[MAKER])
     score = score.to_dict() if score is not None else None
     own = record.get("licence", "")
     if own and licence and licence != own:
@@ -129,10 +131,15 @@ def push_to_hub(model,             # as for `for_hub`
 
 def from_pretrained(name,          # of a repository on the Hub, or a folder
                     device="cpu",  # where it goes
+                    net=None,      # a network of your own, as for `load`
+                    allow=(),      # names of code that may be imported to build it
                     **options,     # of the mixin: revision, token, cache_dir, ...
                    ) -> Preconditioned:   # in evaluation mode
     """A denoiser from the Hub; nothing of the repository is executed.
 
-    Raises CheckpointError for files that are not as `save` wrote them.
+    Raises CheckpointError for files that are not as `save` wrote them, and for a
+    network whose code the caller has not allowed.
     """
-    return hub_class().from_pretrained(name, device=device, **options).denoiser
+    allow = [allow] if isinstance(allow, str) else list(allow)
+    options |= dict(device=device, net=net, allow=allow)
+    return hub_class().from_pretrained(name, **options).denoiser

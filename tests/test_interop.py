@@ -119,6 +119,30 @@ def test_half_precision_stays_and_the_class_that_means_none_too(tmp_path):
     assert back.net.null_class and next(back.parameters()).dtype == torch.float16
 
 
+def test_a_unet_is_trained_from_a_configuration_and_comes_back_from_its_files(tmp_path):
+    optional("diffusers")
+    optional("huggingface_hub")
+    from edm_nb.configs import TrainConfig
+    from edm_nb.runs import train
+    table = {"import": "edm_nb.interop:diffusers_net", "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "null_class": True,
+             "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}
+    config = TrainConfig(network=table, images=192, batch=64, lr_rampup=64, ema_halflife=64, log_every=64, save_every=0, label_dropout=0.2)
+    for _ in train(config, tmp_path / "run"): pass
+    D = checkpoints.load(tmp_path / "run", allow=interop.MAKER)
+    labels = one_hot(torch.tensor([3, 1, 9, 0]), 10)
+    wanted = D(start(), 1.0, labels), D(start(), 1.0)
+    assert D.net.label_dim == 10 and not torch.equal(*wanted)
+    folders = sharing.save_pretrained(tmp_path / "run", tmp_path / "hub"), interop.to_diffusers(D, tmp_path / "pipe")
+    for back in (sharing.from_pretrained(folders[0]), interop.from_diffusers(folders[1])):
+        assert torch.equal(back(start(), 1.0, labels), wanted[0]) and torch.equal(back(start(), 1.0), wanted[1])
+    with pytest.raises(CheckpointError, match="no file may run"): checkpoints.load(tmp_path / "run")
+    with pytest.raises(ValueError, match="no blocks"): interop.diffusers_net(blocks=3)
+    with pytest.raises(ValueError, match="expected one of"): interop.diffusers_net("os.system")
+    checkpoints.save(tmp_path / "unet", model_of("theirs"))                  # a UNet that somebody made says how it was made
+    torch.testing.assert_close(checkpoints.load(tmp_path / "unet", allow=interop.MAKER)(start(), 1.0, one_hot(LABELS, 4)),
+                               model_of("theirs")(start(), 1.0, one_hot(LABELS, 4)), atol=0, rtol=0)
+
+
 def test_what_the_unet_is_told():
     "c_noise as timestep, numbers of classes, the last of them for no class; what else is given is passed on."
     told = {}
