@@ -9,8 +9,8 @@ __all__ = ['MENDABLE', 'BY_NAME', 'MOST_NUMBERS', 'SOLVERS', 'ROWS', 'SETS', 'FE
            'FeatureName', 'Weights', 'SAMPLING', 'CHURN', 'UsageError', 'polite_sigterm', 'plain_warnings', 'one_line',
            'explain', 'friendly', 'parse_numbers', 'check_ending', 'not_taken', 'free_name', 'check_choice',
            'must_exist', 'only_for', 'show_version', 'every_command', 'option', 'light_checks', 'check_features',
-           'as_sampling', 'show', 'finite', 'train', 'presets', 'suggest', 'sample', 'stats', 'fid', 'demo', 'convert',
-           'main']
+           'as_sampling', 'show', 'finite', 'train', 'presets', 'suggest', 'sample', 'stats', 'fid', 'likelihood',
+           'demo', 'convert', 'main']
 
 # %% ../nbs/15_cli.ipynb #b2118039
 import contextlib, functools, json, math, os, re, signal, sys, threading, warnings
@@ -508,6 +508,37 @@ def fid(context:typer.Context,
                           timeout, official, allow or (), kid=kid, precision=precision,
                           neighbours=neighbours)
     show(found, as_json)
+
+# %% ../nbs/15_cli.ipynb #4a22daba
+@app.command(epilog="Example:  edm-nb likelihood runs/digits --images digits --n 64 "
+                    "--bin-width 0.125")
+@friendly
+def likelihood(model:Annotated[Path, typer.Argument(help="checkpoint or run folder")],
+               images:option(str, "--images", help="a named set, zip, folder or npz"),
+               out:option(Optional[Path], "--out", help="a .json file")=None,
+               n:option(int, "--n", "--count", min=1, max=10_000_000,
+                        help="images, a fair choice")=16,
+               steps:Steps=64, sigma_min:SigmaMin=None, sigma_max:SigmaMax=None,
+               probes:option(int, "--probes", min=0, max=10_000,
+                             help="for the trace; 0 is exact: slow")=1,
+               bin_width:option(Optional[float], "--bin-width", min=1e-9, max=100,
+                                help="distance of grey levels in [-1, 1]; default: "
+                                     "1/127.5 for bytes")=None,
+               labels:option(bool, "--labels/--no-labels",
+                             help="tell the network the labels")=True,
+               solver:option(str, "--solver", help=", ".join(SOLVERS))="dpmpp_2m",
+               seed:option(int, "--seed", min=0, max=2**32 - 1, help="of noise")=0,
+               at:At=None, batch:Batch=64, device:Device=None,
+               overwrite:Overwrite=False, as_json:Json=False):
+    "Log-density and bits per dimension of images under a model."
+    if out is not None: not_taken(check_ending(out, (".json",)), overwrite)
+    check_choice(solver, "--solver", SOLVERS)
+    must_exist(model, "model")
+    must_exist(images, "images", SETS)
+    from edm_nb import measuring
+    show(measuring.likelihood(model, images, out, n, steps, sigma_min, sigma_max,
+                              probes, bin_width, labels, solver, seed, at, batch,
+                              device, overwrite), as_json)
 
 # %% ../nbs/15_cli.ipynb #498eb816
 @app.command(epilog="Example:  edm-nb demo --out runs/demo")

@@ -56,6 +56,7 @@ GROUPS = {
     "data": (["tests/test_data.py", "tests/test_inputs.py"],
              "byte_round_trip or float_images or stands_upright or plain_or_stated or bounded or scans or together or repeated"),
     "pickles": (["tests/test_pickles.py"], "paid or budget or colliding"),
+    "likelihood": (["tests/test_likelihood.py"], "closed_form or schedule or signs or mean_and_variance or within_three or bits or dequantise"),
     "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
     "interop": (["tests/test_interop.py"], "ddim or flow_matching or unet_is_told or azula or v_denoiser or k_denoiser or other_weights or loop_of_diffusers"),
 }
@@ -179,6 +180,14 @@ MUTATIONS = [
     Mutation("level of a batch for k-diffusion", "interop", "model(x.to(dtype), sigma.expand(x.shape[0])", "model(x.to(dtype), sigma", "interop"),
     Mutation("score of other weights", "hub", "measured != file_hash(file)", "False", "interop"),
     Mutation("budget of a pickle", "pickles", "machine.budget -= len(args[0])", "machine.budget -= 1", "pickles"),
+    # chapter 05
+    Mutation("likelihood, freedom", "likelihood", "A - (d - trace)", "A - (d + trace)", "likelihood"),
+    Mutation("prior of the likelihood", "likelihood", "d * math.log(sigma * math.sqrt(2*math.pi))", "d * math.log(sigma * math.sqrt(math.pi))", "likelihood"),
+    Mutation("scale at the start of the likelihood", "likelihood", " * flow.at(times[0])[2]", "", "likelihood"),
+    Mutation("likelihood, signs of probes", "likelihood", "torch.where(v >= 0, 1.0, -1.0)", "torch.where(v >= 0, 1.0, -0.9)", "likelihood"),
+    Mutation("likelihood, standard error", "likelihood", "estimates.std(1) / math.sqrt(estimates.shape[1])", "estimates.std(1) / estimates.shape[1]", "likelihood"),
+    Mutation("likelihood, offset of bits", "likelihood", "(d * math.log(2)) - math.log2(bin_width)", "(d * math.log(2)) + math.log2(bin_width)", "likelihood"),
+    Mutation("likelihood, dequantisation", "likelihood", "bin_width * (u.to(x) - 0.5)", "bin_width * u.to(x)", "likelihood"),
 ]
 
 
