@@ -510,22 +510,17 @@ def fid(context:typer.Context,
     show(found, as_json)
 
 # %% ../nbs/15_cli.ipynb #4a22daba
-@app.command(epilog="Example:  edm-nb likelihood runs/digits --images digits --n 64 "
-                    "--bin-width 0.125")
+@app.command(epilog="Example:  edm-nb likelihood runs/digits --images digits --n 64")
 @friendly
 def likelihood(model:Annotated[Path, typer.Argument(help="checkpoint or run folder")],
                images:option(str, "--images", help="a named set, zip, folder or npz"),
                out:option(Optional[Path], "--out", help="a .json file")=None,
-               n:option(int, "--n", "--count", min=1, max=10_000_000,
-                        help="images, a fair choice")=16,
+               n:option(int, "--n", "--count", min=1, help="how many images")=16,
                steps:Steps=64, sigma_min:SigmaMin=None, sigma_max:SigmaMax=None,
-               probes:option(int, "--probes", min=0, max=10_000,
-                             help="for the trace; 0 is exact: slow")=1,
+               probes:option(int, "--probes", min=0, max=999, help="0: exact, slow")=1,
                bin_width:option(Optional[float], "--bin-width", min=1e-9, max=100,
-                                help="distance of grey levels in [-1, 1]; default: "
-                                     "1/127.5 for bytes")=None,
-               labels:option(bool, "--labels/--no-labels",
-                             help="tell the network the labels")=True,
+                                help="of grey levels; 1/127.5 for bytes")=None,
+               labels:option(bool, "--labels/--no-labels", help="told to it")=True,
                solver:option(str, "--solver", help=", ".join(SOLVERS))="dpmpp_2m",
                seed:option(int, "--seed", min=0, max=2**32 - 1, help="of noise")=0,
                at:At=None, batch:Batch=64, device:Device=None,
