@@ -353,6 +353,11 @@ def train(preset:Annotated[str, typer.Argument(
           keep:option(Optional[int], "--keep-models", min=0,
                       help="keep an averaged model every so many images, for sample "
                            "--at")=None,
+          init:option(Optional[Path], "--init",
+                      help="begin with the weights of a run, a model file or an "
+                           "official pickle")=None,
+          init_averages:option(Optional[bool], "--init-averages/--init-weights",
+                               help="of a run: live weights and averages apart")=None,
           settings:option(Optional[list[str]], "--set",
                           help="any value of the configuration: key=value, "
                                "network.dropout=0.1")=None,
@@ -364,9 +369,11 @@ def train(preset:Annotated[str, typer.Argument(
     if out is None and not dry: raise UsageError("--out: name a folder for the run")
     if preset.endswith(".json"): must_exist(preset, "configuration")
     if data is not None: must_exist(data or ".", "images", SETS)
+    if init is not None: must_exist(init, "model to begin with")
     given = dict(data=data, images=images, batch=batch, micro_batch=micro_batch, lr=lr,
                  precision=precision, seed=seed, conditional=conditional,
-                 keep_every=keep, compile=compile)
+                 keep_every=keep, compile=compile, init_averages=init_averages,
+                 init=None if init is None else str(init))
     from edm_nb import commands
     show(commands.train(preset, out, given, settings or [], sigma_data, device,
                         overwrite, timeout, scaled, dry), as_json)

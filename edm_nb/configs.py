@@ -60,6 +60,8 @@ class TrainConfig:
     grid_every:int = 0                 # images between sample grids; 0: none
     keep_every:int = 0                 # images between models that stay; 0: none
     max_bad:int = 10                   # non-finite updates in a row that end the run
+    init:str|None = None               # begin with the weights of this model
+    init_averages:bool = False         # a run's live weights and averages, apart
     sampling:dict = field(default_factory=dict)        # of `sample`: sigma_min, ...
     expected:dict = field(default_factory=dict)        # hardware, time, memory; a note
 
@@ -102,10 +104,12 @@ RULES = {    # what a value must be, in words and as a test; a field is named on
         (("betas",), lambda v: type(v) is tuple and len(v) == 2
                                and all(is_number(b, 0) and b < 1 for b in v)),
     "true or false":
-        (("conditional", "xflip", "augment_labels", "channels_last"),
+        (("conditional", "xflip", "augment_labels", "channels_last", "init_averages"),
          lambda v: type(v) is bool),
     "the name of a set, or a path":
         (("data",), lambda v: type(v) is str and v.strip() != ""),
+    "the path of a model, or null":
+        (("init",), lambda v: v is None or type(v) is str and v.strip() != ""),
     "a table of names and values":
         (("network", "precond", "sigma_args", "augment_args", "sampling", "expected"),
          lambda v: type(v) is dict),
@@ -125,6 +129,8 @@ def check_config(config:TrainConfig) -> None:   # what to check
     if config.label_dropout and not config.conditional:
         raise ValueError("label_dropout needs conditional=True: there are no labels "
                          "to drop")
+    if config.init_averages and config.init is None:
+        raise ValueError("init_averages needs init, the folder of a run")
     if config.augment_args and not config.augment:
         raise ValueError(f"augment_args {config.augment_args} do nothing while augment "
                          "is 0; set augment, or leave them out")

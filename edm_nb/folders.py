@@ -170,7 +170,8 @@ def save_model(state:TrainState,   # whose average is written
     "Write the averaged denoiser with what is worth knowing about it."
     config = dataclasses.asdict(state.config)
     return checkpoints.save(path, ema_denoiser(state), images=state.images,
-                            train_config=config, data=state.about)
+                            licence=state.licence, train_config=config,
+                            data=state.about)
 
 def model_is_current(state:TrainState,   # of a run
                      folder:Path,        # its folder
@@ -191,7 +192,7 @@ def save_run(state:TrainState,   # what to save
     """
     config = dataclasses.asdict(state.config)
     meta = dict(images=state.images, seconds=state.seconds, config=config,
-                data=state.about, record=state.record)
+                data=state.about, record=state.record, licence=state.licence)
     try:
         if not (folder/"config.json").exists(): write_config(state.config, folder)
         if keep: save_model(state, model_at(folder, state.images))
@@ -260,6 +261,7 @@ def check_meta(meta) -> None:
             and isinstance(meta.get("config"), dict)
             and type(meta.get("seconds")) in (int, float)
             and math.isfinite(meta["seconds"])
+            and isinstance(meta.get("licence", ""), str)
             and all(isinstance(meta.get(k, {}), dict) for k in ("data", "record")))
     if not good: raise ValueError("its notes are not those of a training")
 
@@ -296,7 +298,7 @@ def restore_run(state:TrainState,   # a fresh state of the same configuration
             f"{' '.join(str(error).split())[:200]})") from None
     state.images, state.seconds = meta["images"], meta["seconds"]
     state.saved = str(path)
-    state.record = meta.get("record", {})
+    state.record, state.licence = meta.get("record", {}), meta.get("licence", "")
     return True
 
 # %% ../nbs/31_folders.ipynb #8ad940e5

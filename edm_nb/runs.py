@@ -19,6 +19,7 @@ from typing import NamedTuple
 from . import checkpoints
 from .configs import check_length, TrainConfig
 from .data import cifar10, digits, ImageSet, load_images
+from .finetuning import check_apart, start_from
 from edm_nb.folders import (
     check_continues, clear_run, data_facts, holds_run, lock_folder,
     mend_log, model_is_current, restore_run, RunLog, save_model, save_run, sweep
@@ -416,14 +417,21 @@ def train(config:TrainConfig,             # what to train
         on_first(team, lambda: check_scale(state.denoiser, data))
         if folder is not None: state.about = agree(team, lambda: data_facts(data))
         labels, data, log = data.labels, to_device(data, team.device), None
+        file = None
         if folder is not None:
+            if config.init is not None: check_apart(config.init, folder)
             file = on_first(team, lambda: open_run(stack, folder, config, overwrite))
             agree(team, lambda: file is not None and restore_run(state, folder, file)
                                 and state.images)
             if state.images >= config.images:
                 on_first(team, lambda: finish(state, folder))
                 return
-            if team.rank == 0: log = stack.enter_context(RunLog(folder, state, labels))
+        if config.init is not None and file is None:
+            for line in agree(team, lambda: start_from(
+                    state, config.init, config.init_averages)):
+                if team.rank == 0: print(f"init: {line}", file=sys.stderr, flush=True)
+        if folder is not None and team.rank == 0:
+            log = stack.enter_context(RunLog(folder, state, labels))
         grid = state.images
         for record in run_loop(state, data, team, folder):
             if log is not None:

@@ -99,6 +99,7 @@ class TrainState:
     saved:str = ""                  # the last good checkpoint
     record:dict = field(default_factory=dict)  # the newest line of the log
     about:dict = field(default_factory=dict)   # `data_facts` of the training images
+    licence:str = ""                # of weights that it began with; empty: yours
 
 # %% ../nbs/30_updates.ipynb #5c061e79
 def build_denoiser(config:TrainConfig,   # names network and preconditioning
