@@ -7,7 +7,8 @@ import inspect
 
 import pytest
 
-HEAVY = {"train", "fit", "demo", "run_loop", "subprocess", "Popen", "spawn", "get_context", "torchrun", "browser", "compile", "cifar10"}
+HEAVY = {"train", "fit", "demo", "run_loop", "subprocess", "Popen", "spawn", "get_context", "torchrun", "browser", "compile", "cifar10",
+         "compiled", "TRIALS", "train_model", "correctness"}
 
 
 def words(function, module, seen):
