@@ -136,7 +136,8 @@ def diagram(svg:str,        # one SVG element with a viewBox
     style = f"display:block;width:100%;max-width:{width}px;min-width:{least}px"
     start = (f'<svg role="img" aria-label="{html.escape(label)}" fill="currentColor" '
              f'style="{style};height:auto;color:inherit;font-family:inherit" ')
-    return f'<div style="overflow-x:auto">{svg.replace("<svg ", start, 1)}</div>'
+    return ('<div class="edm-diagram" style="overflow-x:auto">'
+            f'{svg.replace("<svg ", start, 1)}</div>')
 
 def tidy(part:ElementTree.Element,  # of an SVG by matplotlib, changed in place
          prefix:str,                # tells the identifiers of two diagrams apart

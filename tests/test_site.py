@@ -184,3 +184,25 @@ def test_one_search_box_and_one_place_to_copy_from(driver):
     assert driver.execute_script("return [...document.querySelectorAll('.search-button-field, input[type=search]')].filter(e => e.offsetParent !== null).length") == 1
     assert driver.execute_script("return document.querySelectorAll('button.copybtn').length") > 10
     assert driver.execute_script("return document.querySelectorAll('a[href$=\".ipynb\"]').length") >= 1
+
+
+LETTERS = """return [...document.querySelectorAll('.edm-diagram')].map(box => {
+    const sheet = getComputedStyle(box.closest('.text_html') || box).backgroundColor, words = [...box.querySelectorAll('text')];
+    return {ink: getComputedStyle(words[0]).fill, page: getComputedStyle(document.body).color, sheet,
+            least: Math.min(...words.map(w => parseFloat(getComputedStyle(w).fontSize) * w.getScreenCTM().d || 99).filter(v => v > 0))}})"""
+
+
+@in_browser
+@pytest.mark.parametrize("name", ["index.html", "00_framework.html", "01_ode_solvers.html", "02_stochastic.html", "03_preconditioning.html"])
+def test_diagrams_take_ink_and_paper_of_the_page(driver, name):
+    "In the dark too, where the theme puts other outputs on a light sheet; and their letters can be read on a telephone."
+    driver.get((SITE / name).as_uri())
+    screen(driver, 390, 844)
+    driver.execute_async_script(WAIT)
+    for theme in ("light", "dark"):
+        driver.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+        found = driver.execute_script(LETTERS)
+        assert found, "no diagram"
+        for diagram in found:
+            assert diagram["ink"] == diagram["page"] and diagram["sheet"] == "rgba(0, 0, 0, 0)", diagram
+            assert diagram["least"] > 8.5, diagram
