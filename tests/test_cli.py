@@ -14,7 +14,7 @@ import typer
 from patience import PATIENCE, wait_for
 from typer.testing import CliRunner
 
-from edm_nb import checkpoints, cli, commands, generation, measuring
+from edm_nb import checkpoints, cli, commands, generation, measuring, terminal
 from edm_nb.configs import PRESETS, config_json
 from edm_nb.data import digits, load_images, write_zip
 from edm_nb.features import feature_stats, pixels
@@ -612,7 +612,7 @@ def test_sigterm_ends_a_training_with_its_state_and_143(tmp_path):
 
 
 def test_sigterm_outside_an_update_unwinds_too():
-    with pytest.raises(SystemExit) as ended, cli.polite_sigterm():
+    with pytest.raises(SystemExit) as ended, terminal.polite_sigterm():
         signal.raise_signal(signal.SIGTERM)      # unlike os.kill, it returns when Python has seen the signal
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
