@@ -442,7 +442,7 @@ def likelihood(model:Annotated[Path, typer.Argument(help="checkpoint or run fold
                probes:option(int, "--probes", min=0, max=999, help="0: exact, slow")=1,
                bin_width:option(Optional[float], "--bin-width", min=1e-9, max=100,
                                 help="of grey levels; 1/127.5 for bytes")=None,
-               labels:option(bool, "--labels/--no-labels", help="told to it")=True,
+               labels:option(bool, "--labels/--no-labels", help="tell the model")=True,
                solver:option(str, "--solver", help=", ".join(SOLVERS))="dpmpp_2m",
                seed:option(int, "--seed", min=0, max=2**32 - 1, help="of noise")=0,
                at:At=None, batch:Batch=64, device:Device=None,

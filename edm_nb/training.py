@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'WEIGHTS', 'inverse_square_weight', 'edm_loss', 'loss_per_sigma', 'lognormal_quantile', 'vp_quantile',
            've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'train_loop',
-           'guided', 'without_labels']
+           'guided', 'without_labels', 'LossUncertainty', 'uncertainty_loss', 'power_beta', 'power_gamma',
+           'profile_product', 'post_hoc_weights']
 
 # %% ../nbs/04_training.ipynb #53eaaa77
 import math, torch
@@ -229,3 +230,96 @@ def guided(cond:Callable,           # the denoiser to follow
 def without_labels(denoise:Callable) -> Callable:   # a denoiser
     "The same denoiser, deaf to class labels: the `uncond` of classifier-free guidance."
     return lambda x, sigma, class_labels=None, **more: denoise(x, sigma, **more)
+
+# %% ../nbs/04_training.ipynb #de5de0bf
+class LossUncertainty(nn.Module):
+    "v(σ): the logarithm of the loss that is to be expected at a noise level."
+    def __init__(self,
+                 features:int=64,   # random cosines of ln σ
+                 seed:int=0,        # of their frequencies and phases
+                ):
+        super().__init__()
+        dice = torch.Generator().manual_seed(seed)
+        self.register_buffer("frequency", torch.randn(features, generator=dice))
+        self.register_buffer("phase", torch.rand(features, generator=dice))
+        self.linear = nn.Linear(features, 1)
+        nn.init.zeros_(self.linear.weight)   # v = 0: the plain loss at first
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, sigma:Tensor) -> Tensor:   # `[B]`, > 0, to `[B]`
+        "The expected log-loss of each noise level."
+        turns = sigma.float().log().unsqueeze(-1) / 4 * self.frequency + self.phase
+        return self.linear((2*math.pi*turns).cos() * math.sqrt(2)).squeeze(-1)
+
+def uncertainty_loss(loss:Tensor,   # of each image, `[B]`, as from `edm_loss`
+                     v:Tensor,      # of its noise level, `[B]`
+                    ) -> Tensor:    # `[B]`, to be averaged and minimised over both
+    """ℓ e^(−v) + v: its minimum over v is v = ln E ℓ, where every level counts alike.
+
+    Raises ValueError for shapes that do not fit."""
+    if loss.shape != v.shape:
+        raise ValueError(f"expected a v for every loss, got {tuple(loss.shape)} and "
+                         f"{tuple(v.shape)}")
+    return loss * (-v).exp() + v
+
+# %% ../nbs/04_training.ipynb #c5aeace2
+def power_beta(batch:int,     # images per update
+               gamma:float,   # exponent of the profile; `power_gamma` finds it
+               seen:int=0,    # images seen before this update
+              ) -> float:     # β of `EMA.update`
+    """The factor of an average with weights τ^γ: β = (seen/(seen + batch))^(γ + 1).
+
+    Raises ValueError for an empty batch, negative numbers, and γ ≤ −1."""
+    if not (batch > 0 and seen >= 0 and gamma > -1):
+        raise ValueError(f"batch {batch}, seen {seen}, gamma {gamma}: expected batch "
+                         "> 0, seen >= 0 and gamma > -1")
+    return (seen / (seen + batch))**(gamma + 1)
+
+def power_gamma(sigma_rel:float,   # width of the profile as a share of the training
+               ) -> float:         # γ
+    """The exponent whose profile has this width: (γ + 1) = σ_rel² (γ + 2)² (γ + 3).
+
+    Raises ValueError outside (0, 0.289), the width of a plain mean, 1/√12."""
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel must lie between 0 and {12**-0.5:.3f}, got "
+                         f"{sigma_rel}")
+    low, high = 0.0, 1 / sigma_rel   # the width falls with γ: bisection
+    for _ in range(200):
+        gamma = (low + high) / 2
+        wide = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3)) > sigma_rel**2
+        low, high = (gamma, high) if wide else (low, gamma)
+    return gamma
+
+def profile_product(gamma:Tensor, t:Tensor,   # of one profile, each > 0
+                    gamma_2:Tensor, t_2:Tensor,   # of another; all broadcast
+                   ) -> Tensor:
+    "The integral of two power profiles' product over time."
+    m = torch.minimum(t, t_2)
+    share = (m / t)**(gamma + 1) * (m / t_2)**(gamma_2 + 1)
+    return (gamma + 1) * (gamma_2 + 1) / (gamma + gamma_2 + 1) * share / m
+
+def post_hoc_weights(gammas:Tensor,   # of the snapshots, `[K]`
+                     times:Tensor,    # when they were taken, images seen, `[K]`
+                     gamma:float,     # of the average that is wanted
+                     time:float,      # and when
+                    ) -> Tensor:      # `[K]`, float64, sum to 1
+    """Coefficients whose combination of snapshots is the average wanted.
+
+    Raises ValueError for shapes that do not fit, and for times that are not > 0."""
+    g, t = (torch.as_tensor(v, dtype=torch.float64) for v in (gammas, times))
+    if g.ndim != 1 or g.shape != t.shape or not len(g):
+        raise ValueError(f"expected a gamma and a time for every snapshot, got "
+                         f"{tuple(g.shape)} and {tuple(t.shape)}")
+    if not (time > 0 and (t > 0).all() and gamma > -0.5 and (g > -0.5).all()):
+        raise ValueError("times must be > 0 and gammas > -0.5")
+    t, now = t / time, torch.ones((), dtype=torch.float64)   # scale-free
+    K = len(g)
+    gram = torch.zeros(K + 1, K + 1, dtype=torch.float64)
+    gram[:K, :K] = profile_product(g[:, None], t[:, None], g, t)
+    wanted = torch.ones(K + 1, dtype=torch.float64)
+    wanted[:K] = profile_product(g, t, now * gamma, now)
+    scale = torch.cat([gram.diagonal()[:K].rsqrt(), now[None]])   # profiles of length 1
+    gram[K, :K] = gram[:K, K] = 1.0    # the multiplier of Σ x = 1
+    gram = gram * scale[:, None] * scale
+    found = torch.linalg.lstsq(gram, wanted * scale, driver="gelsd").solution
+    return (found * scale)[:K]

@@ -56,6 +56,7 @@ GROUPS = {
     "data": (["tests/test_data.py", "tests/test_inputs.py"],
              "byte_round_trip or float_images or stands_upright or plain_or_stated or bounded or scans or together or repeated"),
     "pickles": (["tests/test_pickles.py"], "paid or budget or colliding"),
+    "edm2": (["tests/test_edm2.py"], "not features"),
     "likelihood": (["tests/test_likelihood.py"], "closed_form or schedule or signs or mean_and_variance or within_three or bits or dequantise"),
     "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
     "interop": (["tests/test_interop.py"], "ddim or flow_matching or unet_is_told or azula or v_denoiser or k_denoiser or other_weights or loop_of_diffusers"),
@@ -180,6 +181,11 @@ MUTATIONS = [
     Mutation("level of a batch for k-diffusion", "interop", "model(x.to(dtype), sigma.expand(x.shape[0])", "model(x.to(dtype), sigma", "interop"),
     Mutation("score of other weights", "hub", "measured != file_hash(file)", "False", "interop"),
     Mutation("budget of a pickle", "pickles", "machine.budget -= len(args[0])", "machine.budget -= 1", "pickles"),
+    # chapter 04, what it takes from EDM2
+    Mutation("edm2, learned weight", "training", "loss * (-v).exp() + v", "loss * (-v).exp() + 2*v", "edm2"),
+    Mutation("edm2, factor of a power average", "training", "(seen / (seen + batch))**(gamma + 1)", "(seen / (seen + batch))**gamma", "edm2"),
+    Mutation("edm2, width of a profile", "training", "(gamma + 1) / ((gamma + 2)**2 * (gamma + 3))", "(gamma + 1) / ((gamma + 2)**2 * (gamma + 2))", "edm2"),
+    Mutation("edm2, product of profiles", "training", "(gamma_2 + 1) / (gamma + gamma_2 + 1) * share", "(gamma_2 + 1) / (gamma + gamma_2) * share", "edm2"),
     # chapter 05
     Mutation("likelihood, freedom", "likelihood", "A - (d - trace)", "A - (d + trace)", "likelihood"),
     Mutation("prior of the likelihood", "likelihood", "d * math.log(sigma * math.sqrt(2*math.pi))", "d * math.log(sigma * math.sqrt(math.pi))", "likelihood"),
