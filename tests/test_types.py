@@ -17,6 +17,7 @@ from edm_nb.checkpoints import load
 from edm_nb.configs import PRESETS, TrainConfig
 from edm_nb.framework import GaussianDenoiser, vp_schedule
 from edm_nb.frechet import FeatureStats, frechet_distance
+from edm_nb.likelihood import bits_per_dim, hutchinson, log_likelihood
 from edm_nb.networks import adm, ddpmpp, ncsnpp
 from edm_nb.ode_solvers import edm_sigmas, heun, rk2, sample_ode
 from edm_nb.preconditioning import Preconditioned
@@ -36,6 +37,8 @@ config: TrainConfig = PRESETS["digits"]
 stats: FeatureStats = FeatureStats(8).update(torch.randn(9, 8))
 distance: float = frechet_distance(stats.mean, stats.cov, stats.mean, stats.cov)
 loaded: Preconditioned = load("model.safetensors")
+nats: Tensor = log_likelihood(denoise, torch.randn(2, 3), sigmas[:-1], divergence=hutchinson(2))
+bits: Tensor = bits_per_dim(nats, 3)
 """
 
 
