@@ -29,6 +29,7 @@ from edm_nb.generation import (
     count_evaluations, generate, image_shape, known_about, load_model, Sampling,
     step_levels
 )
+from .loggers import by_name
 from .preconditioning import estimate_sigma_data, suggest_settings
 from edm_nb.runs import (
     choose, join_team, load_data, on_first, pick_device, Team, train as run_training
@@ -232,6 +233,7 @@ def train(preset:str,                  # a name of PRESETS, or a JSON file
           timeout:float=600,           # seconds until a silent partner counts as dead
           scaled:bool=True,            # durations follow the length
           dry:bool=False,              # see `dry_run`
+          loggers=(),                  # names, see `by_name`
          ) -> dict:                    # images, loss, model
     "Train a preset or a configuration file, or go on with its run."
     config = lengthen(read_config(preset), given, None if overwrite or dry else out,
@@ -247,7 +249,8 @@ def train(preset:str,                  # a name of PRESETS, or a JSON file
         used = f"; sigma_data {config.precond['sigma_data']}" if sigma_data else ""
         say(team, f"{preset}: {describe(config)}{used}")
         if dry: return dry_run(team, config, loaded)
-        records = run_training(config, out, loaded, device, timeout, overwrite)
+        records = run_training(config, out, loaded, device, timeout, overwrite,
+                               loggers=by_name(loggers))
         last = None
         for last in follow(records, config, team.rank): pass
         model = out/"model.safetensors"

@@ -27,7 +27,8 @@ from .updates import ema_denoiser, TrainState
 # %% ../nbs/31_folders.ipynb #5be60f08
 WRITES = ("log.jsonl", "model.safetensors", "model.json", "model-*.safetensors",
           "model-*.json", "state/state-*.safetensors", "samples/[0-9]*.png",
-          "tensorboard/events.out.tfevents.*", "config.json")   # its mark last
+          "tensorboard/events.out.tfevents.*", "wandb-id.txt",
+          "config.json")                                        # its mark last
 MARKS = {"data", "network", "precond", "images", "batch"}       # a run writes them all
 LEFT = ("tmp????????.tmp", "model*.tmp", "config.json.*.tmp", "log.jsonl.*.tmp",
         "state/state-*.tmp", "samples/*.tmp")                   # of killed processes
@@ -77,7 +78,7 @@ def clear_run(folder:Path) -> None:   # locked by the caller
 
 def foreign(folder:Path) -> list[Path]:   # none: the folder is as good as new
     "What lies in a folder besides the lock and unfinished files of killed processes."
-    ours = {folder/".lock"} | {path for name in LEFT for path in folder.glob(name)}
+    ours = {folder/".lock", folder/"wandb"} | {path for name in LEFT for path in folder.glob(name)}
     return sorted(path for path in folder.iterdir() if path not in ours)
 
 def sweep(folder:Path) -> None:   # locked by the caller
@@ -331,12 +332,13 @@ def sample_grid(denoiser:Preconditioned,   # in eval mode
                 rows:int=10,               # images per class, or per row
                 steps:int=18,              # Heun steps
                 seed:int=0,                # image k has seed 10 rows × seed + k
-                labels:Tensor|None=None,   # label vectors `[N, label_dim]`, in turn
+                labels:Tensor|None=None,   # of the data; vectors are shown in turn
                ) -> Tensor:                # `[rows × 10, C, H, W]`, a class per column
     "A sheet of samples with the deterministic sampler."
     n, given = rows*10, {}
     label_dim = getattr(denoiser.net, "label_dim", 0)
-    if label_dim and labels is not None: given = {"vectors": labels.float().cpu()}
+    vectors = labels is not None and labels.ndim == 2
+    if label_dim and vectors: given = {"vectors": labels.float().cpu()}
     elif label_dim: given = {"classes": [column % label_dim for column in range(10)]}
     drawn = generate(denoiser, range(seed*n, (seed + 1)*n), Sampling(steps),
                      as_bytes=False, **given)
@@ -344,33 +346,20 @@ def sample_grid(denoiser:Preconditioned,   # in eval mode
 
 # %% ../nbs/31_folders.ipynb #9d51b135
 class RunLog:
-    "For people: configuration, records, sample grids, TensorBoard if installed."
+    "The logger that every run folder has: records as JSON lines, pictures as PNG."
     def __init__(self, folder:Path,        # the run folder
-                 state:TrainState,         # after `restore_run`
-                 labels:Tensor|None=None): # of the data: vectors are shown in the grids
-        self.folder, self.board = folder, None
-        self.labels = labels if labels is not None and labels.ndim == 2 else None
+                 state:TrainState):        # after `restore_run`
+        self.folder, self.images = folder, state.images
         write_config(state.config, folder)
         mend_log(folder, state)
 
-    def __enter__(self):
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: return self
-        self.board = SummaryWriter(self.folder/"tensorboard")
-        return self
-
-    def __exit__(self, *error):
-        if self.board is not None: self.board.close()
-
-    def write(self, values:dict, images:int) -> None:   # of a record
-        "One line of JSON, and the same numbers as curves over images."
+    def on_record(self, record) -> None:   # a `Progress`
+        "One line of JSON."
+        self.images = record.images
         with open(self.folder/"log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        for k, v in values.items() if self.board is not None else ():
-            if v is not None: self.board.add_scalar(k, v, images)
+            file.write(json.dumps(record.values()) + "\n")
 
-    def grid(self, state:TrainState) -> None:
-        "Samples of the averaged weights, from the same noise every time."
+    def on_images(self, name:str, images:Tensor) -> None:
+        "A sheet, named by the images seen."
         from edm_nb.figures import save_png
-        sheet = sample_grid(ema_denoiser(state), labels=self.labels)
-        save_png(self.folder/"samples"/f"{state.images:09d}.png", sheet, scale=2)
+        save_png(self.folder/name/f"{self.images:09d}.png", images, scale=2)

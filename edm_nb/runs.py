@@ -10,7 +10,7 @@ __all__ = ['choose', 'load_data', 'shrink', 'to_device', 'check_data', 'check_sc
 # %% ../nbs/25_runs.ipynb #f1693ec2
 import contextlib, copy, dataclasses, math, os, signal, sys, threading, time, torch
 import torch.distributed as dist
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +22,10 @@ from .data import cifar10, digits, ImageSet, load_images
 from .finetuning import check_apart, start_from
 from edm_nb.folders import (
     check_continues, clear_run, data_facts, holds_run, lock_folder,
-    mend_log, model_is_current, restore_run, RunLog, save_model, save_run, sweep
+    mend_log, model_is_current, restore_run, RunLog, sample_grid, save_model, save_run,
+    sweep
 )
+from .loggers import has_tensorboard, TensorBoard, watching
 from .own_network import is_own, network_table
 from .preconditioning import estimate_sigma_data, Preconditioned, warn_sigma_data
 from .randomness import IndexStream, stream_seed
@@ -395,6 +397,7 @@ def train(config:TrainConfig,             # what to train
           timeout:float=600,              # seconds; a silent partner then is dead
           overwrite:bool=False,           # delete the run in the folder and start anew
           net:nn.Module|None=None,        # of your own; a copy of it is trained
+          loggers:Iterable=(),            # see room 46
          ) -> Iterator[Progress]:         # every `log_every` images; none if finished
     """Train, or continue the folder's run.
 
@@ -416,7 +419,7 @@ def train(config:TrainConfig,             # what to train
         if is_own(config.network): same_start(state, team)
         on_first(team, lambda: check_scale(state.denoiser, data))
         if folder is not None: state.about = agree(team, lambda: data_facts(data))
-        labels, data, log = data.labels, to_device(data, team.device), None
+        labels, data, logs = data.labels, to_device(data, team.device), []
         file = None
         if folder is not None:
             if config.init is not None: check_apart(config.init, folder)
@@ -430,14 +433,20 @@ def train(config:TrainConfig,             # what to train
             for line in agree(team, lambda: start_from(
                     state, config.init, config.init_averages)):
                 if team.rank == 0: print(f"init: {line}", file=sys.stderr, flush=True)
-        if folder is not None and team.rank == 0:
-            log = stack.enter_context(RunLog(folder, state, labels))
+        def open_logs() -> None:
+            own, others = [], list(loggers)
+            if folder is not None: own = [RunLog(folder, state)]
+            if own and has_tensorboard() and TensorBoard not in others:
+                own.append(TensorBoard)
+            logs.extend(stack.enter_context(watching(own + others, folder, config)))
+        on_first(team, open_logs)
         grid = state.images
         for record in run_loop(state, data, team, folder):
-            if log is not None:
-                log.write(record.values(), record.images)
-                if config.grid_every and due(grid, record.images, config.grid_every,
-                                             config.images): log.grid(state)
+            for log in logs: log.on_record(record)
+            every = config.grid_every if logs else 0
+            if every and due(grid, record.images, every, config.images):
+                images = sample_grid(ema_denoiser(state), labels=labels)
+                for log in logs: log.on_images("samples", images)
             grid = record.images
             yield record
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "edm_nb").glob("[!_]*.py"))
 FORBIDDEN = ["nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter_client", "sklearn", "scipy", "torchdiffeq",
-             "tensorboard", "torch_fidelity", "ipywidgets", "diffusers", "huggingface_hub", "azula", "k_diffusion", "onnx", "onnxscript",
+             "tensorboard", "wandb", "torch_fidelity", "ipywidgets", "diffusers", "huggingface_hub", "azula", "k_diffusion", "onnx", "onnxscript",
              "onnxruntime", "torchmetrics"]
 
 PROBE = """
@@ -56,7 +56,7 @@ def test_settings_ini_is_the_one_configuration():
         pytest.skip("edm_nb is on the path but not installed")
     plain = [Requirement(line) for line in installed.requires if "extra" not in line]
     assert sorted(map(str, plain)) == sorted(str(Requirement(line)) for line in lines)
-    assert set(installed.metadata.get_all("Provides-Extra")) == {"fid", "widgets", "track", "diffusers", "hub", "onnx", "book", "dev"}
+    assert set(installed.metadata.get_all("Provides-Extra")) == {"fid", "widgets", "track", "wandb", "diffusers", "hub", "onnx", "book", "dev"}
     (script,) = [e for e in installed.entry_points if e.group == "console_scripts"]
     assert (script.name, script.value) == ("edm-nb", "edm_nb.cli:main")
     assert installed.version == parser["DEFAULT"]["version"]
