@@ -175,6 +175,10 @@ def check_tables(config:TrainConfig) -> None:   # the rest of `check_config`
     check_names(f"sigma_args of {config.sigma!r}", config.sigma_args,
                 parameters_of(quantile, "u") + rates * (config.sigma == "vp"))
     check_names("augment_args", config.augment_args, parameters_of(AugmentPipe, "p"))
+    for table in "sigma_args", "augment_args":
+        for name, value in getattr(config, table).items():
+            if not is_number(value):
+                raise ValueError(f"{table}.{name} is {short(value)}; expected a number")
     check_names("sampling", config.sampling, ["sigma_min", "sigma_max"])
     try: Sampling(**config.sampling)
     except ValueError as error: raise ValueError(f"sampling: {error}") from error

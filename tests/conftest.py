@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 HEAVY = {"train", "fit", "demo", "run_loop", "subprocess", "Popen", "spawn", "get_context", "torchrun", "browser", "compile", "cifar10",
-         "compiled", "TRIALS", "train_model", "correctness"}
+         "compiled", "TRIALS", "train_model", "correctness", "onnxruntime", "torchmetrics", "diffusers"}
 
 
 def words(function, module, seen):

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -557,6 +558,16 @@ def test_compile_names_what_becomes_a_graph(tmp_path, monkeypatch):
         assert edm_nb("train", "toy", *more, "--out", tmp_path / "run").exit_code == 0
     assert seen == [None, "none", "blocks", "whole"]
     assert edm_nb("train", "toy", "--out", tmp_path / "run", "--compile").exit_code == 2      # a flag no longer
+
+
+@pytest.mark.parametrize("settings, words", [
+    (["sigma_args.P_mean=x"], "sigma_args.P_mean is 'x'; expected a number"), (["sigma_args.P_std=null"], "sigma_args.P_std is None; expected a number"),
+    (["augment=0.1", "augment_args.scale=x"], "augment_args.scale is 'x'; expected a number"), (["augment=0.1", "augment_args.aniso=[1]"], "augment_args.aniso is [1]; expected a number"),
+    (["precond.sigma_data=x"], "sigma_data is x; expected a positive number"), (["precond.sigma_min=x"], "expected a number"), (["sampling.sigma_min=x"], "sampling: sigma_min is 'x'")])
+def test_values_of_the_other_tables_are_refused_in_our_words(tmp_path, settings, words):
+    done = edm_nb("train", "toy", "--device", "cpu", *(part for setting in settings for part in ("--set", setting)), "--out", tmp_path / "run")
+    assert done.exit_code == 2 and words in done.output and not re.search("not supported|unsupported operand|concatenate", done.output), done.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_guidance_without_dropped_labels_is_warned_about(tmp_path):

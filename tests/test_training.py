@@ -196,7 +196,7 @@ def test_configuration_round_trip_and_unknown_keys():
     (dict(sigma_args={"P_men": 0.0}), "sigma_args of 'lognormal' has no P_men; expected some of P_mean, P_std"),
     (dict(sigma="vp", sigma_args={"P_mean": 0.0}), "expected some of epsilon_t, beta_d, beta_min"),
     (dict(sigma_args={"P_std": 0.0}), "positive levels that differ"), (dict(sigma_args={"P_std": -1.2}), "positive levels"),
-    (dict(sigma_args={"P_mean": "x"}), "cannot be used"), (dict(augment=0.1, augment_args={"xflp": 0.0}), "xflp; expected some of xflip"),
+    (dict(sigma_args={"P_mean": "x"}), "sigma_args.P_mean is 'x'; expected a number"), (dict(augment=0.1, augment_args={"xflp": 0.0}), "xflp; expected some of xflip"),
     (dict(augment=0.1, augment_args={"xflip": 7.0}), "xflip = 7.0"), (dict(network={"arch": "tinny"}), "tinny.*tiny"),
     (dict(network={"arch": "tiny", "model_channel": 8}), "no model_channel; expected some of arch, .*model_channels"),
     (dict(precond={"scalings": "emd"}), "emd"), (dict(precond={"sigma_data": 0}), "sigma_data is 0"), (dict(precond={"sigma_date": 1}), "sigma_date")])
