@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMPILE', 'RULES', 'PAPER_COST', 'DIGITS', 'PRESETS', 'TrainConfig', 'is_whole', 'is_number', 'check_config', 'short',
            'parameters_of', 'check_names', 'check_network', 'check_tables', 'config_from', 'config_json', 'read_config',
-           'scale_durations', 'check_length', 'ladder', 'cifar10_ladder', 'table_1_rows', 'describe']
+           'scale_durations', 'check_length', 'ladder', 'cifar10_ladder', 'table_1_rows', 'later_rows', 'counted',
+           'faces_64', 'imagenet_64', 'describe']
 
 # %% ../nbs/24_configs.ipynb #96c1e161
 import dataclasses, inspect, json, math, torch
@@ -307,6 +308,49 @@ def table_1_rows(config:TrainConfig,   # all but the row: network, data, budget
             for name in ("vp", "ve", "iddpm")}
     return rows | {"edm": config}
 
+def later_rows(config:TrainConfig,   # all but the row: network, data, budget
+              ) -> dict:             # "v", "v-logit", "flow", "flow-logit" → the same
+    "v-prediction and flow matching, with uniform and with logit-normal times."
+    ways = {"v": {"scalings": "v"}, "flow": {"scalings": "flow", "time_scale": 1000.0}}
+    return {f"{row}{time}": dataclasses.replace(
+                config, precond=precond, sigma=(row + time).replace("-", "_"),
+                sigma_args={}, weight=row)
+            for row, precond in ways.items() for time in ("", "-logit")}
+
+# %% ../nbs/24_configs.ipynb #64f00d64
+def counted(gflop:float,    # per forward pass of an image
+            images:int,     # of the training
+           ) -> dict:       # for `expected`
+    "Hours at 100 TFLOP/s: forward and backward are three times the forward pass."
+    return dict(hardware="a GPU that sustains 100 TFLOP/s",
+                gpu_hours=round(3 * gflop * images / 1e5 / 3600),
+                basis=f"{gflop:g} GFLOP per forward pass of an image, counted; time "
+                      "estimated, not measured")
+
+def faces_64(data:str,              # what to train on
+             arch:str="ddpmpp",     # "ddpmpp", the paper's VP column, or "ncsnpp", VE's
+             dropout:float=0.05,    # FFHQ: 0.05, AFHQv2: 0.25
+            ) -> TrainConfig:       # row F, without labels
+    "The FFHQ-64 and AFHQv2-64 columns with the paper's numbers."
+    sizes = dict(arch=arch, resolution=64, channels=3, model_channels=128, num_blocks=4,
+                 channel_mult=[1, 2, 2, 2], attn_resolutions=[16], dropout=dropout)
+    return TrainConfig(
+        data=data, resolution=64, conditional=False, network=sizes, batch=256,
+        micro_batch=128, lr=2e-4, augment=0.15, channels_last=True,
+        grid_every=5_000_000,
+        expected=counted({"ddpmpp": 83.2, "ncsnpp": 83.5}[arch], 200_000_000))
+
+def imagenet_64() -> TrainConfig:   # with labels, in bfloat16
+    "The ImageNet-64 column with the paper's numbers: ADM, 2.5 billion images."
+    sizes = dict(arch="adm", resolution=64, channels=3, label_dim=1000, num_blocks=3,
+                 model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.10,
+                 attn_resolutions=[32, 16, 8])
+    return TrainConfig(
+        data="imagenet64", resolution=64, network=sizes, images=2_500_000_000,
+        batch=4096, micro_batch=64, lr=1e-4, ema_halflife=50_000_000, precision="bf16",
+        channels_last=True, save_every=20_000_000, log_every=1_000_000,
+        expected=counted(219.3, 2_500_000_000))
+
 # %% ../nbs/24_configs.ipynb #5eb637af
 PAPER_COST = dict(hardware="a GPU that sustains 100 TFLOP/s",
                   gpu_hours="36 for rows A and B, 70 for C to F", memory_gib=40,
@@ -324,6 +368,8 @@ DIGITS = TrainConfig(
 PRESETS = {
     "digits": DIGITS,
     "digits-guidance": dataclasses.replace(DIGITS, label_dropout=0.1),
+    **{f"digits-{row}": config for row, config in
+       (table_1_rows(DIGITS) | later_rows(DIGITS)).items() if row != "edm"},
     "toy": dataclasses.replace(
         DIGITS, images=2_048, batch=64, lr_rampup=512, ema_halflife=512, log_every=512,
         save_every=1_024,
@@ -338,6 +384,9 @@ PRESETS = {
        for c in ("cond", "uncond") for a in ("ddpmpp", "ncsnpp")},
     "cifar10-baseline": cifar10_ladder()["A"],
     **{f"cifar10-ladder-{k}": v for k, v in cifar10_ladder().items()},
+    **{f"{data}-{arch}": faces_64(data, arch, dropout) for arch in ("ddpmpp", "ncsnpp")
+       for data, dropout in (("ffhq64", 0.05), ("afhqv2-64", 0.25))},
+    "imagenet64-adm": imagenet_64(),
 }
 PRESETS["cifar10-guidance"] = dataclasses.replace(PRESETS["cifar10-cond-ddpmpp"],
                                                   label_dropout=0.1)

@@ -456,19 +456,25 @@ def to_onnx(denoiser:Preconditioned,   # in evaluation mode, on the CPU
     Inputs `x [B, C, H, W]`, `sigma [B]` and, with classes, `class_labels [B, K]`, all
     float32; output `D [B, C, H, W]`. Raises ValueError for a network in training mode.
     """
-    needs("onnx", "onnx"), needs("onnxscript", "onnx")
+    modern = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)
+    needs("onnxscript" if modern else "onnx", "onnx")
     if denoiser.training:
         raise ValueError("the denoiser is in training mode, so its dropout would be "
                          "exported too; call .eval() first")
     shape = tuple(shape or image_shape(denoiser))
-    batch = torch.export.Dim("batch", min=1, max=2**16)
     inputs = dict(x=torch.zeros(2, *shape), sigma=torch.ones(2))
     if label_dim := getattr(denoiser.net, "label_dim", 0):
         inputs["class_labels"] = torch.eye(label_dim)[[0, 0]]
+    plain, names = Positional(denoiser).eval(), list(inputs)
+    if not modern:       # the exporter on torch.export began to know free sizes later
+        axes = {name: {0: "batch"} for name in [*names, "D"]}
+        return write_atomic(path, lambda file: torch.onnx.export(
+            plain, tuple(inputs.values()), str(file), dynamo=False, dynamic_axes=axes,
+            input_names=names, output_names=["D"]))
+    batch = torch.export.Dim("batch", min=1, max=2**16)
     program = torch.onnx.export(
-        Positional(denoiser).eval(), (), kwargs=inputs, dynamo=True, verbose=False,
-        dynamic_shapes={name: {0: batch} for name in inputs},
-        input_names=list(inputs), output_names=["D"])
+        plain, (), kwargs=inputs, dynamo=True, verbose=False, input_names=names,
+        output_names=["D"], dynamic_shapes={name: {0: batch} for name in inputs})
     return write_atomic(path, lambda file: program.save(file, external_data=False))
 
 # %% ../nbs/41_interop.ipynb #ff6072cb

@@ -1,6 +1,7 @@
 """Trainings of chapter 04 that take too long for a notebook: claims C25 to C30.
 
     python studies/ladder.py digits     # all six claims on the digits -> results/training_digits.json
+    python studies/ladder.py rows       # v-prediction and flow matching beside C30's four rows -> results/training_rows.json
     python studies/ladder.py leak       # C27 along the training -> results/training_leak.json
     python studies/ladder.py cifar16    # the ladder on 5,000 CIFAR-10 images at 16 x 16 -> results/training_cifar16.json
 
@@ -23,7 +24,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from record import RESULTS, cores, cpu_name, now, versions, write_json  # noqa: E402
 
-from edm_nb.configs import TrainConfig, ladder, table_1_rows  # noqa: E402
+from edm_nb.configs import TrainConfig, ladder, later_rows, table_1_rows  # noqa: E402
 from edm_nb.data import ImageSet, book_images, digits, one_hot, to_float, to_uint8  # noqa: E402
 from edm_nb.features import feature_stats, pixels, stats_distance  # noqa: E402
 from edm_nb.framework import LINEAR, VE, vp_schedule  # noqa: E402
@@ -194,9 +195,20 @@ def ema_study(data, n, halflives=(250, 1_000, 4_000, 16_000)):
     yield dict(study="ema", row="half-lives"), ROWS["E"], job
 
 
+SMALL = dataclasses.replace(ROWS["E"], network=dict(NET, model_channels=8, channel_mult=[2, 2]))
+
+
+def rows_study(data, n):
+    "The rows that are younger than the paper, trained as C30's four rows were and sampled as EDM does."
+    def job(config):
+        *_, (record, denoiser) = averages(config, data)
+        grid = {"edm": {nfe: distance(draw(denoiser, data, n, **SAMPLERS["edm"](nfe)), data) for nfe in EVALUATIONS}}
+        return dict(grid=grid, loss=record.loss, samples=n)
+    for row, config in later_rows(SMALL).items(): yield dict(study="rows", row=row), config, job
+
+
 def crossed_study(data, n, rows):
     "C30: a network of each row of Table 1, sampled as its authors did, as EDM does, and EDM's also as VP does."
-    small = dataclasses.replace(ROWS["E"], network=dict(NET, model_channels=8, channel_mult=[2, 2]))
     ways = {"vp": ("vp", "edm"), "ve": ("ve", "edm"), "iddpm": ("iddpm", "edm"), "edm": ("vp", "edm")}
     for row in rows:
         def job(config, row=row):
@@ -204,7 +216,7 @@ def crossed_study(data, n, rows):
             grid = {name: {nfe: distance(draw(denoiser, data, n, **SAMPLERS[name](nfe)), data) for nfe in EVALUATIONS}
                     for name in ways[row]}
             return dict(grid=grid, loss=record.loss, samples=n, range=[denoiser.sigma_min, min(denoiser.sigma_max, 1e9)])
-        yield dict(study="crossed", row=row), table_1_rows(small)[row], job
+        yield dict(study="crossed", row=row), table_1_rows(SMALL)[row], job
 
 
 # --- CIFAR-10 at 16 x 16 ------------------------------------------------------------------------------------------
@@ -261,11 +273,12 @@ def cifar_studies(n):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "leak", "cifar16"])
+    parser.add_argument("what", choices=["digits", "rows", "leak", "cifar16"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, help="fewer samples, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     studies, about = cifar_studies(args.samples or 500) if args.what == "cifar16" else digits_studies(args.samples or 1_797)
     if args.what == "leak": studies = [functools.partial(leak_study, digits(), args.samples or 1_797)]
+    if args.what == "rows": studies = [functools.partial(rows_study, digits(), args.samples or 1_797)]
     work_through(studies, args.out/f"training_{args.what}.json", about, args.seeds)

@@ -610,7 +610,7 @@ def test_statistics_files_of_other_packages(package, tmp_path):
     ("diffusers", "edm_nb\\[diffusers\\]", lambda tmp: interop.network_model.__wrapped__()),
     ("huggingface_hub", "edm_nb\\[hub\\]", lambda tmp: sharing.hub_class.__wrapped__()),
     ("azula.noise", "pip install azula", lambda tmp: interop.to_azula(GaussianDenoiser(0.0, 1.0))),
-    ("onnx", "edm_nb\\[onnx\\]", lambda tmp: interop.to_onnx(Preconditioned(own_net()), tmp / "x")),
+    ("onnxscript", "edm_nb\\[onnx\\]", lambda tmp: interop.to_onnx(Preconditioned(own_net()), tmp / "x")),
 ])
 def test_a_missing_package_is_named_with_the_line_that_installs_it(package, extra, call, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)

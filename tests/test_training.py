@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,9 +14,10 @@ from torch import nn
 from edm_nb import training as T
 from edm_nb import configs, folders, generation, runs, updates
 from edm_nb.data import digits, ImageSet
+from edm_nb.networks import build_network
 from edm_nb.randomness import IndexStream
 from edm_nb.framework import GaussianDenoiser
-from edm_nb.preconditioning import Preconditioned, edm_scalings, edm_weight
+from edm_nb.preconditioning import SCALINGS, Preconditioned, edm_scalings, edm_weight
 
 TOY = dataclasses.replace(configs.PRESETS["toy"], images=640, lr_rampup=128, log_every=320, save_every=0)
 
@@ -100,12 +103,97 @@ def test_quantiles_have_the_distributions_of_table_1():
     assert len(levels) == 1000 and counts.min() > n/1000 * 0.6
 
 
+def test_flow_and_v_quantiles_have_the_times_that_they_say():
+    "Back from σ to the time of each row, by the row's own c_noise."
+    n = 200_000
+    for row, time in (("flow", lambda s: s/(1 + s)), ("v", lambda s: torch.atan(s)*2/math.pi)):
+        t = time(T.draw_sigma(T.QUANTILES[row], n, gen()).double())
+        torch.testing.assert_close(t.quantile(torch.linspace(0, 1, 11, dtype=t.dtype)), torch.linspace(0, 1, 11, dtype=t.dtype), atol=0.005, rtol=0)
+        torch.testing.assert_close(t[:1000], SCALINGS[row](T.draw_sigma(T.QUANTILES[row], n, gen()).double()[:1000])[3], atol=1e-12, rtol=0)
+        t = time(T.draw_sigma(lambda u: T.QUANTILES[f"{row}_logit"](u, mean=0.5, std=0.7), n, gen()).double())
+        assert t.logit().mean() == pytest.approx(0.5, abs=0.006) and t.logit().std() == pytest.approx(0.7, abs=0.006)
+        low, high = T.QUANTILES[row](torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        assert 0 < low < 2e-5 and 5e4 < high < 1e6                                                    # neither end drowns in rounding
+
+
+@pytest.mark.parametrize("row", ["flow", "v"])
+def test_the_loss_of_a_younger_row_is_the_error_of_what_it_predicts(row):
+    "Flow matching: |F − (ε − y)|². v-prediction: |F − (α ε − s y)|² with α = cos φ, s = sin φ, tan φ = σ. Written without any coefficient of Table 1."
+    g = gen()
+    y, n, sigma = torch.randn(6, 3, 4, 4, generator=g).double(), torch.randn(6, 3, 4, 4, generator=g).double(), torch.tensor([0.01, 0.1, 1, 3, 20, 500]).double()
+    answer = torch.randn(6, 3, 4, 4, generator=g).double()
+    D = Preconditioned(lambda x, c_noise: answer, SCALINGS[row])
+    phi = torch.atan(sigma).reshape(-1, 1, 1, 1)
+    target = n - y if row == "flow" else phi.cos()*n - phi.sin()*y
+    loss = T.edm_loss(D, y, sigma, n, T.WEIGHTS[row])
+    torch.testing.assert_close(loss, (answer - target).square().flatten(1).mean(1), rtol=1e-6, atol=0)
+
+
+def test_every_row_can_be_trained():
+    "Presets of all rows agree in everything but the row, and one update of each is finite."
+    rows = configs.table_1_rows(configs.DIGITS) | configs.later_rows(configs.DIGITS)
+    assert list(rows) == ["vp", "ve", "iddpm", "edm", "v", "v-logit", "flow", "flow-logit"]
+    same = [f.name for f in dataclasses.fields(configs.DIGITS) if f.name not in ("precond", "sigma", "sigma_args", "weight")]
+    for name, config in rows.items():
+        assert config == configs.PRESETS["digits" if name == "edm" else f"digits-{name}"], name
+        assert all(getattr(config, field) == getattr(configs.DIGITS, field) for field in same)
+        small = dataclasses.replace(config, images=128, batch=64, lr_rampup=0, log_every=64, save_every=0,
+                                    network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1))
+        *_, record = runs.train(small, device="cpu")
+        assert math.isfinite(record.loss) and record.images == 128, name
+
+
 def test_quantiles_are_increasing_and_finite_at_the_ends():
     u = torch.linspace(1e-16, 1 - 1e-16, 10_001, dtype=torch.float64).clamp(2e-16, 1 - 2e-16)
     for name, quantile in T.QUANTILES.items():
         sigma = quantile(u)
         assert sigma.isfinite().all() and (sigma > 0).all(), name
         assert (sigma.diff() >= 0).all(), name
+
+
+# --- more data than memory ----------------------------------------------------------------------------------------
+
+MAPPED = """
+import dataclasses, resource, sys
+import numpy as np, torch
+from edm_nb import configs, runs
+from edm_nb.data import ImageSet, as_tensor
+shape = (1_200_000, 1, 16, 16)
+array = np.lib.format.open_memmap(sys.argv[1], "w+", np.uint8, shape)
+array[:4096] = np.random.default_rng(0).integers(0, 256, (4096, *shape[1:]))
+del array
+config = dataclasses.replace(configs.PRESETS["toy"], images=128, batch=64, conditional=False, resolution=16, lr_rampup=0, log_every=64, save_every=0)
+train = lambda data: [r.loss for r in runs.train(config, data=data, device="cpu")]
+small = ImageSet(torch.randint(256, (500, *shape[1:]), dtype=torch.uint8), name="small")
+train(small)                                                                       # libraries are loaded
+used = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0] * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 150 * 2**20,) * 2)
+data = ImageSet(as_tensor(np.load(sys.argv[1], mmap_mode="r")), name="large")
+assert runs.shrink(data, 16) is data
+print(len(train(runs.shrink(data, 16))), data.images.nbytes // 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_set_larger_than_the_memory_trains_from_the_map(tmp_path):
+    "292 MiB of images with 150 MiB of memory to spare: nothing may copy them."
+    done = subprocess.run([sys.executable, "-c", MAPPED, tmp_path / "images.npy"], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "292"], done.stderr[-2000:]
+
+
+def test_what_is_too_large_for_the_memory_is_averaged_down_onto_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDM_NB_CACHE", str(tmp_path))
+    images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8, generator=gen())
+    floats = torch.randn(40, 3, 16, 16, generator=gen())
+    in_memory = [runs.shrink(ImageSet(x), 8).images for x in (images, floats)]
+    monkeypatch.setattr(runs, "memory_bytes", lambda: 100)
+    mapped = [runs.shrink(ImageSet(x), 8).images for x in (images, floats)]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(in_memory, mapped))
+    maps = Path("/proc/self/maps")
+    if maps.exists(): assert str(tmp_path) in maps.read_text()
+    assert not list(tmp_path.iterdir())                                              # the file has no name
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda folder: type("Usage", (), dict(free=10)))
+    with pytest.raises(ValueError, match="EDM_NB_CACHE"): runs.shrink(ImageSet(images), 8)
 
 
 # --- averages and learning rate -----------------------------------------------------------------------------------
@@ -224,6 +312,45 @@ def test_paper_presets_build_the_published_sizes():
     for name, count in {"cifar10-cond-ddpmpp": 55_735_299, "cifar10-uncond-ddpmpp": 55_733_891, "cifar10-cond-ncsnpp": 56_400_643}.items():
         denoiser = updates.build_denoiser(configs.PRESETS[name], data)
         assert sum(p.numel() for p in denoiser.parameters()) == count, name
+
+
+def test_presets_at_64_pixels_have_the_papers_numbers_and_sizes():
+    "FFHQ-64, AFHQv2-64 and ImageNet-64: hyperparameters of the paper's table, and the published parameter counts, on the meta device."
+    def parameters(config, **sizes):
+        with torch.device("meta"): return sum(p.numel() for p in build_network(sizes | config.network).parameters())
+    for name, dropout in (("ffhq64", 0.05), ("afhqv2-64", 0.25)):
+        for arch in ("ddpmpp", "ncsnpp"):
+            p = configs.PRESETS[f"{name}-{arch}"]
+            assert (p.images, p.batch, p.lr, p.lr_rampup, p.ema_halflife, p.ema_rampup, p.augment, p.conditional) == (
+                200_000_000, 256, 2e-4, 10_000_000, 500_000, 0.05, 0.15, False)
+            assert p.network["dropout"] == dropout and p.network["channel_mult"] == [1, 2, 2, 2] and p.network["model_channels"] == 128
+            count = parameters(p, augment_dim=9)
+            assert count == {"ddpmpp": 61_805_571}.get(arch, count)
+    p = configs.PRESETS["imagenet64-adm"]
+    assert (p.images, p.batch, p.lr, p.lr_rampup, p.ema_halflife, p.ema_rampup, p.augment, p.xflip, p.conditional) == (
+        2_500_000_000, 4096, 1e-4, 10_000_000, 50_000_000, 0.05, 0, False, True)
+    assert p.network["dropout"] == 0.10 and p.network["channel_mult"] == [1, 2, 3, 4] and p.network["model_channels"] == 192
+    assert parameters(p) == 295_899_267
+    for name in ("ffhq64-ddpmpp", "imagenet64-adm"):
+        text = configs.describe(configs.PRESETS[name])
+        assert "gpu_hours" in text and "GFLOP" in text
+
+
+def test_presets_at_64_pixels_refuse_data_that_do_not_fit(tmp_path):
+    face, imagenet = configs.PRESETS["ffhq64-ddpmpp"], configs.PRESETS["imagenet64-adm"]
+    for config in (face, imagenet):
+        with pytest.raises(ValueError, match=r"not shipped.*--data"): runs.load_data(config)
+    def saved(side, labels=None):
+        path = tmp_path/f"{side}.npz"
+        extra = {} if labels is None else dict(labels=labels)
+        np.savez(path, images=np.zeros((3, 3, side, side), np.uint8), **extra)
+        return str(path)
+    with pytest.raises(ValueError, match="32 pixels.*64"): runs.load_data(dataclasses.replace(face, data=saved(32)))
+    with pytest.raises(ValueError, match="does not divide"): runs.load_data(dataclasses.replace(face, data=saved(96)))
+    assert runs.load_data(dataclasses.replace(face, data=saved(128))).images.shape[2:] == (64, 64)
+    few = runs.load_data(dataclasses.replace(imagenet, data=saved(64, np.array([0, 1, 2]))))
+    with pytest.raises(ValueError, match="label_dim is 1000, but the data make it 3"): updates.build_denoiser(imagenet, few)
+    with pytest.raises(ValueError, match="labels"): runs.check_data(imagenet, runs.load_data(dataclasses.replace(imagenet, data=saved(64))))
 
 
 def test_each_ladder_row_keeps_the_rows_above():
