@@ -169,7 +169,7 @@ MUTATIONS = [
     Mutation("square images have two equal axes", "arrays", "first = b == c != a", "first = a == c != b", "data"),
     Mutation("classes are bounded", "data", "MAX_CLASSES = 2**16", "MAX_CLASSES = 2**33", "data"),
     Mutation("decoded bytes are bounded", "archives", "2**30 + 256 * size", "2**40 + 256 * size", "data"),
-    # rooms 41 and 45: what other packages call the same thing
+    # rooms 41 and 43: what other packages call the same thing
     Mutation("levels of a DDPM pipeline", "interop", "((1 - alphas)/alphas).sqrt().tolist()", "(1 - alphas).sqrt().tolist()", "interop"),
     Mutation("time of a flow pipeline", "interop", 'float(config.get("num_train_timesteps", 1000))', "1.0", "interop"),
     Mutation("no class of a UNet", "interop", "numbers.where(total > 0, none)", "numbers", "interop"),
