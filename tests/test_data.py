@@ -421,17 +421,19 @@ def test_truncated_and_damaged_zips(tmp_path):
 def test_zip_bombs(tmp_path, monkeypatch):
     "Declared sizes are refused before a byte is inflated."
     path = tmp_path/"bomb.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", bytes(70 * 2**20))
+
+    def declare(sizes):
+        "A zip of small members whose directory says that they are large."
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, size in sizes.items():
+                archive.writestr(name, GOOD)
+                if size: archive.filelist[-1].file_size = size
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *args: pytest.fail("inflated"))
+    declare({"a.png": 70 * 2**20})
     refuse(lambda: load_images(path), "a.png declares 73,400,320 bytes", "bomb.zip")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", GOOD)
-        archive.writestr("dataset.json", bytes(9 * 2**20))
+    declare({"a.png": None, "dataset.json": 9 * 2**20})
     refuse(lambda: load_images(path), "dataset.json declares 9,437,184 bytes", "bomb.zip")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for i in range(40):
-            archive.writestr(f"{i}.png", bytes(2**20 * 30))
+    declare({f"{i}.png": 30 * 2**20 for i in range(40)})
     refuse(lambda: load_images(path), "expected at most 100 times its size", "bomb.zip")
 
 

@@ -33,8 +33,7 @@ def test_the_trajectories_widget_draws_what_its_sliders_say():
     pytest.importorskip("ipywidgets")
     box = widgets.trajectories_widget()
     for solver, schedule in (("Heun", "VP"), ("DPM++(2M)", "flow")):
-        slider(box, "solver").value, slider(box, "schedule").value, slider(box, "steps").value = solver, schedule, 7
-        box.update()
+        slider(box, "solver").value, slider(box, "schedule").value, slider(box, "steps").value = solver, schedule, 7      # each change draws anew
         left, right = box.result.axes
         (stepped,) = [line for line in left.lines if line.get_label() == "solver"]
         assert schedule in left.get_title() and len(stepped.get_xdata()) == 8
