@@ -28,7 +28,7 @@ from edm_nb.ode_solvers import (
 from .preconditioning import Preconditioned
 from .randomness import SeededNoise
 from .stochastic import Churn, sample, sample_states
-from .training import guided, without_labels
+from .guidance import guided, without_labels
 
 # %% ../nbs/23_generation.ipynb #1a3e504f
 def model_at(folder:Path,   # of a run
@@ -103,7 +103,7 @@ class Sampling:
     S_tmin:float = 0.0             # churn from here
     S_tmax:float = math.inf        # to here
     S_noise:float = 1.0            # standard deviation of the churn noise
-    guidance:float = 0.0           # w of chapter 04; 0: none
+    guidance:float = 0.0           # w of chapter 06; 0: none
     row:str = "edm"                # a key of ROWS
     levels:tuple|None = None       # noise levels that replace the row's
 

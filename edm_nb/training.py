@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'WEIGHTS', 'inverse_square_weight', 'edm_loss', 'loss_per_sigma', 'lognormal_quantile', 'vp_quantile',
-           've_quantile', 'iddpm_quantile', 'flow_quantile', 'v_quantile', 'logit_normal', 'flow_logit_quantile',
-           'v_logit_quantile', 'flow_weight', 'v_weight', 'draw_sigma', 'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr',
-           'train_loop', 'guided', 'without_labels', 'LossUncertainty', 'uncertainty_loss', 'power_beta', 'power_gamma',
-           'profile_product', 'post_hoc_weights']
+           've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'train_loop',
+           'LossUncertainty', 'uncertainty_loss', 'power_beta', 'power_gamma', 'profile_product', 'post_hoc_weights']
 
 # %% ../nbs/04_training.ipynb #53eaaa77
 import math, torch
 from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from .adapters import check_sigma_data
-from .checks import broadcast_sigma
 from .data import ImageSet, one_hot, to_float
 from .framework import iddpm_levels, vp_schedule
 from .preconditioning import edm_weight, Preconditioned
@@ -112,63 +109,10 @@ def iddpm_quantile(u:Tensor,       # uniform in (0, 1), any shape
     levels = iddpm_levels(M)[:M].flip(0).to(u)         # increasing, without the final 0
     return levels[(u * M).long().clamp(0, M - 1)]
 
-def flow_quantile(u:Tensor,                # uniform in (0, 1), any shape
-                  epsilon_t:float=1e-5,    # distance of the time from 0 and from 1
-                 ) -> Tensor:              # σ, same shape
-    "Flow matching: t ~ U(ε_t, 1 − ε_t), σ = t/(1 − t)."
-    t = epsilon_t + (1 - 2*epsilon_t) * u
-    return t / (1 - t)
-
-def v_quantile(u:Tensor,                # uniform in (0, 1), any shape
-               epsilon_t:float=1e-5,    # distance of the time from 0 and from 1
-              ) -> Tensor:              # σ, same shape
-    "v-prediction: t ~ U(ε_t, 1 − ε_t), σ = tan(π t/2)."
-    return (math.pi/2 * (epsilon_t + (1 - 2*epsilon_t) * u)).tan()
-
-def logit_normal(u:Tensor,         # uniform in (0, 1), any shape
-                 mean:float=0.0,   # of ln(t/(1 − t))
-                 std:float=1.0,    # of the same
-                ) -> Tensor:       # times in [0, 1], same shape
-    "Times with a normal logit."
-    return lognormal_quantile(u, mean, std).log().sigmoid()
-
-def flow_logit_quantile(u:Tensor,              # uniform in (0, 1), any shape
-                        mean:float=0.0,        # of ln(t/(1 − t))
-                        std:float=1.0,         # of the same
-                        epsilon_t:float=1e-5,  # as for `flow_quantile`
-                       ) -> Tensor:            # σ, same shape
-    "Flow matching with a logit-normal time: the same as ln σ ~ N(mean, std²)."
-    t = logit_normal(u, mean, std).clamp(epsilon_t, 1 - epsilon_t)
-    return t / (1 - t)
-
-def v_logit_quantile(u:Tensor,              # uniform in (0, 1), any shape
-                     mean:float=0.0,        # of ln(t/(1 − t))
-                     std:float=1.0,         # of the same
-                     epsilon_t:float=1e-5,  # as for `v_quantile`
-                    ) -> Tensor:            # σ, same shape
-    "v-prediction with a logit-normal time."
-    t = logit_normal(u, mean, std).clamp(epsilon_t, 1 - epsilon_t)
-    return (math.pi/2 * t).tan()
-
 # %% ../nbs/04_training.ipynb #94be1430
 QUANTILES = {"lognormal": lognormal_quantile, "vp": vp_quantile, "ve": ve_quantile,
-             "iddpm": iddpm_quantile, "flow": flow_quantile, "v": v_quantile,
-             "flow_logit": flow_logit_quantile, "v_logit": v_logit_quantile}
-
-def flow_weight(sigma:Tensor,           # noise levels, any shape, > 0
-                sigma_data:float=0.5,   # unused: the row does not know it
-               ) -> Tensor:             # same shape as `sigma`
-    "λ(σ) = (1 + 1/σ)²: the squared error of the velocity."
-    return (1 + 1/sigma)**2
-
-def v_weight(sigma:Tensor,           # noise levels, any shape, > 0
-             sigma_data:float=0.5,   # unused: the row does not know it
-            ) -> Tensor:             # same shape as `sigma`
-    "λ(σ) = 1 + 1/σ²: the squared error of v."
-    return 1 + sigma**-2
-
-WEIGHTS = {"edm": edm_weight, "inverse_square": inverse_square_weight,
-           "flow": flow_weight, "v": v_weight}
+             "iddpm": iddpm_quantile}
+WEIGHTS = {"edm": edm_weight, "inverse_square": inverse_square_weight}
 
 def draw_sigma(quantile:Callable,      # maps U(0, 1) to σ
                n:int,                  # how many
@@ -263,27 +207,6 @@ def train_loop(D:Preconditioned,        # trained in place
         adam.step()
         ema.update(D, ema_beta(batch, halflife, seen))
         yield seen + batch, losses.mean().item(), ema
-
-# %% ../nbs/04_training.ipynb #2763dc66
-def guided(cond:Callable,           # the denoiser to follow
-           uncond:Callable,         # the denoiser to move away from
-           w:float,                 # strength; 0 is `cond` alone
-           sigma_min:float=0.0,     # guide only where sigma_min ≤ σ ≤ sigma_max
-           sigma_max:float=math.inf,
-          ) -> Callable:            # a denoiser, so that every solver stage is guided
-    "D = D_cond + w (D_cond − D_uncond), a denoiser like any other."
-    def denoise(x:Tensor, sigma, **more) -> Tensor:
-        D = cond(x, sigma, **more)
-        level = torch.as_tensor(sigma)
-        inside = (level >= sigma_min) & (level <= sigma_max)
-        if w == 0 or not inside.any(): return D
-        gap = D - uncond(x, sigma, **more)
-        return D + w * gap * broadcast_sigma(inside.to(gap), gap)
-    return denoise
-
-def without_labels(denoise:Callable) -> Callable:   # a denoiser
-    "The same denoiser, deaf to class labels: the `uncond` of classifier-free guidance."
-    return lambda x, sigma, class_labels=None, **more: denoise(x, sigma, **more)
 
 # %% ../nbs/04_training.ipynb #de5de0bf
 class LossUncertainty(nn.Module):

@@ -49,7 +49,8 @@ GROUPS = {
     "solver": (["tests/test_ode_solvers.py"], "levels or order or fast_heun or alpha_one or weights or nfe or last_step or inversion"),
     "churn": (["tests/test_stochastic.py"], "equation_6 or gamma or algorithm_2 or x_hat or missing or recursion or naive_loop"),
     "row": (["tests/test_preconditioning.py"], "not compiles and not exports and not in_pieces and not known_scale"),
-    "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp or guidance"),
+    "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp"),
+    "guidance": (["tests/test_guidance.py"], "formula or told_any or exact or brute or hand"),
     "metrics": (["tests/test_metrics.py"], "closed_form or hand or factors or needs_no_qr or determinant or accepted or sum_of_singular or triangle or "
                                            "noise_on_a_thin or any_split or covariance or merge_is or published_rule or recovers_a_line or kid_ or shares"),
     "augmentation": (["tests/test_augmentation.py"], "signs or moves_the_picture or compose or labels_follow or published_filter or reconstructs"),
@@ -134,7 +135,6 @@ MUTATIONS = [
     Mutation("EMA half-life", "training", "return 0.5**(batch / halflife)", "return 0.6**(batch / halflife)", "loss"),
     Mutation("EMA weights", "training", "current, 1 - beta)", "current, beta)", "loss"),
     Mutation("warm-up", "training", "lr * min(1.0, seen / rampup)", "lr * min(1.0, 2 * seen / rampup)", "loss"),
-    Mutation("guidance", "training", "return D + w * gap", "return D + (1 + w) * gap", "loss"),
     # chapter 13: distances
     Mutation("Fréchet cross term", "frechet", "cov2.trace() - 2*root_trace(cov1, cov2)", "cov2.trace() - root_trace(cov1, cov2)", "metrics"),
     Mutation("Fréchet mean term", "frechet", "distance = (mean1 - mean2).square().sum()", "distance = (mean1 - mean2).norm()", "metrics"),
@@ -149,11 +149,17 @@ MUTATIONS = [
     Mutation("KID unbiased", "metrics", "saa/(n*(n - 1)) + sbb", "saa/(n*n) + sbb", "metrics"),
     Mutation("KID jackknife", "metrics", "(k - 1)/k*(w - w.mean())", "(w - w.mean())", "metrics"),
     Mutation("bias in 1/n", "metrics", "    x = 1/n\n    if len(x)", "    x = n**-0.5\n    if len(x)", "metrics"),
+    # chapter 06: guidance and measurements
+    Mutation("guidance", "guidance", "return D + w * gap", "return D + (1 + w) * gap", "guidance"),
+    Mutation("a guide without labels", "guidance", '"label_dim", None) == 0', '"label_dim", None) == -1', "guidance"),
+    Mutation("r², the spread of white data", "guidance", "level * spread / (level + spread)", "level * spread / (level + 1)", "guidance"),
+    Mutation("Tweedie's covariance", "guidance", "self.pull(self.adjoint(self.level * u))", "self.pull(self.adjoint(self.level.sqrt() * u))", "guidance"),
+    Mutation("noise of the measurement", "guidance", "float(noise_std)**2", "float(noise_std)", "guidance"),
+    Mutation("weights of the posterior", "guidance", "- 0.5 * torch.logdet(S)", "- torch.logdet(S)", "guidance"),
     # images by seed
     Mutation("levels before the loop", "generation", "if rounding is not None: levels = rounding(levels)", "", "generation"),
     Mutation("levels within the range", "generation", "levels[levels > 0].clamp(low, high)", "levels[levels > 0].clamp(low)", "generation"),
     Mutation("draws of steps without churn", "generation", "for _ in range(skipped): self.randn", "for _ in range(0): self.randn", "generation"),
-    Mutation("a guide without labels", "generation", "guide if theirs else without_labels(guide)", "guide", "generation"),
     Mutation("guidance is counted", "generation", "guided(counter, counter, sampling.guidance)", "guided(counter, lambda x, sigma: x, sampling.guidance)", "generation"),
     # chapter 12: the published augmentations
     Mutation("rotation's sign", "augmentation", "turn(draw.angle) @ stretch", "turn(-draw.angle) @ stretch", "augmentation"),

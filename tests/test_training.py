@@ -227,39 +227,6 @@ def test_learning_rate_ramp():
     assert T.ramped_lr(1e-3, 50, 10) == T.ramped_lr(1e-3, 0, 0) == 1e-3
 
 
-# --- guidance -----------------------------------------------------------------------------------------------------
-
-def test_guidance_with_weight_zero_is_the_conditional_model_exactly():
-    cond = lambda x, sigma, **_: x * 0.3
-    def uncond(x, sigma, **_): raise AssertionError("must not be evaluated")
-    x = torch.randn(4, 1, 3, 3, generator=gen())
-    assert torch.equal(T.guided(cond, uncond, 0.0)(x, 1.0), cond(x, 1.0))
-
-
-def test_guidance_formula_interval_and_both_heun_stages():
-    calls = []
-    cond = lambda x, sigma, **_: 0.5 * x
-    def uncond(x, sigma, **_): calls.append(float(sigma)); return 0.2 * x
-    x, w = torch.randn(4, 1, 3, 3, generator=gen()), 1.5
-    torch.testing.assert_close(T.guided(cond, uncond, w)(x, torch.tensor(1.0)), (0.5 + w*0.3) * x)
-    limited = T.guided(cond, uncond, w, sigma_min=0.5, sigma_max=2.0)
-    torch.testing.assert_close(limited(x, 3.0), 0.5 * x)
-    sigma = torch.tensor([0.1, 1.0, 3.0, 2.0])
-    out = T.guided(cond, lambda x, s, **_: 0.2*x, w, 0.5, 2.0)(x, sigma)
-    torch.testing.assert_close(out, x * torch.tensor([0.5, 0.95, 0.5, 0.95])[:, None, None, None])
-    calls.clear()
-    from edm_nb.ode_solvers import edm_sigmas, sample_ode
-    sample_ode(T.guided(cond, uncond, w), x, edm_sigmas(4))
-    assert len(calls) == 2*4 - 1          # every evaluation of every Heun step
-
-
-def test_without_labels_hides_the_class_only():
-    seen = {}
-    def denoise(x, sigma, class_labels=None, **more): seen.update(more, class_labels=class_labels); return x
-    T.without_labels(denoise)(torch.zeros(1), 1.0, class_labels=torch.ones(1, 3), augment_labels=1)
-    assert seen == {"class_labels": None, "augment_labels": 1}
-
-
 # --- configuration ------------------------------------------------------------------------------------------------
 
 def test_configuration_round_trip_and_unknown_keys():
