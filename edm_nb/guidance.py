@@ -149,9 +149,12 @@ def replace(seen:Evidence) -> Tensor:   # what is added to D, `[B, ...]`
     return seen.adjoint(solve(same, seen.residual, FREE))
 
 def dps(seen:Evidence) -> Tensor:       # what is added to D, `[B, ...]`
-    "Diffusion posterior sampling: D taken as certain, the step set by the residual."
-    shown = seen.residual.square().mean(1, keepdim=True)
-    return seen.spread(seen.residual / shown.clamp(min=max(seen.noise, TINY)))
+    "Diffusion posterior sampling: one number, shown by the residual, for a covariance."
+    m, size = seen.residual.shape[1], seen.residual.square().sum(1, keepdim=True)
+    reach = seen.adjoint(seen.residual).flatten(1).square().sum(1, keepdim=True)
+    most = seen.noise + seen.level * reach / size.clamp(min=TINY)
+    variance = torch.minimum(size / m, most).clamp(min=max(seen.noise, TINY))
+    return seen.spread(seen.residual / variance)
 
 def pgdm(seen:Evidence) -> Tensor:      # what is added to D, `[B, ...]`
     "Pseudo-inverse guidance: x is uncertain by r² in every direction."

@@ -169,14 +169,18 @@ def test_white_data_are_exact(method):
 
 
 def test_dps_by_hand():
-    "D = k x of white data, so J = k: σ² k Aᵀ r / v, with v the mean square of r, or the noise where that is larger."
-    A, y, x, sigma = normal(2, 3, seed=1), normal(2, seed=2), normal(4, 3, seed=3), 0.8
-    k = 0.25/(0.25 + sigma**2)
-    r = y - k*x @ A.T
-    for std in (0.01, 5.0):
-        v = r.square().mean(1, keepdim=True).clamp(min=std**2)
+    "D = k x of white data, so J = k: σ² k Aᵀ r / v, v the mean square of r between σ_y² and σ_y² + σ² |Aᵀr|²/|r|²."
+    A, y, x = normal(2, 3, seed=1), normal(2, seed=2), normal(4, 3, seed=3)
+    for sigma, std in ((0.8, 0.01), (0.8, 5.0), (0.05, 0.1)):
+        k = 0.25/(0.25 + sigma**2)
+        r = y - k*x @ A.T
+        v = []
+        for row in r.tolist():
+            back = [sum(row[i]*A[i, j].item() for i in range(2)) for j in range(3)]
+            square = sum(value**2 for value in row)
+            v.append(max(std**2, min(square/2, std**2 + sigma**2*sum(b*b for b in back)/square)))
         D = T.posterior(GaussianDenoiser(torch.zeros(3).double(), 0.5), A, y, std, "dps")(x, sigma)
-        torch.testing.assert_close(D, k*x + sigma**2*k*(r/v) @ A)
+        torch.testing.assert_close(D, k*x + sigma**2*k*(r/torch.tensor(v)[:, None].double()) @ A)
 
 
 def test_samples_have_the_exact_mean_and_covariance():
