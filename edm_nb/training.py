@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'WEIGHTS', 'inverse_square_weight', 'edm_loss', 'loss_per_sigma', 'lognormal_quantile', 'vp_quantile',
-           've_quantile', 'iddpm_quantile', 'draw_sigma', 'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr', 'train_loop',
-           'LossUncertainty', 'uncertainty_loss', 'power_beta', 'power_gamma', 'profile_product', 'post_hoc_weights']
+           've_quantile', 'iddpm_quantile', 'flow_quantile', 'v_quantile', 'logit_normal', 'flow_logit_quantile',
+           'v_logit_quantile', 'flow_weight', 'v_weight', 'draw_sigma', 'ema_beta', 'ema_halflife', 'EMA', 'ramped_lr',
+           'train_loop', 'LossUncertainty', 'uncertainty_loss', 'power_beta', 'power_gamma', 'profile_product',
+           'post_hoc_weights']
 
 # %% ../nbs/04_training.ipynb #53eaaa77
 import math, torch
@@ -109,10 +111,63 @@ def iddpm_quantile(u:Tensor,       # uniform in (0, 1), any shape
     levels = iddpm_levels(M)[:M].flip(0).to(u)         # increasing, without the final 0
     return levels[(u * M).long().clamp(0, M - 1)]
 
+def flow_quantile(u:Tensor,                # uniform in (0, 1), any shape
+                  epsilon_t:float=1e-5,    # distance of the time from 0 and from 1
+                 ) -> Tensor:              # σ, same shape
+    "Flow matching: t ~ U(ε_t, 1 − ε_t), σ = t/(1 − t)."
+    t = epsilon_t + (1 - 2*epsilon_t) * u
+    return t / (1 - t)
+
+def v_quantile(u:Tensor,                # uniform in (0, 1), any shape
+               epsilon_t:float=1e-5,    # distance of the time from 0 and from 1
+              ) -> Tensor:              # σ, same shape
+    "v-prediction: t ~ U(ε_t, 1 − ε_t), σ = tan(π t/2)."
+    return (math.pi/2 * (epsilon_t + (1 - 2*epsilon_t) * u)).tan()
+
+def logit_normal(u:Tensor,         # uniform in (0, 1), any shape
+                 mean:float=0.0,   # of ln(t/(1 − t))
+                 std:float=1.0,    # of the same
+                ) -> Tensor:       # times in [0, 1], same shape
+    "Times with a normal logit."
+    return lognormal_quantile(u, mean, std).log().sigmoid()
+
+def flow_logit_quantile(u:Tensor,              # uniform in (0, 1), any shape
+                        mean:float=0.0,        # of ln(t/(1 − t))
+                        std:float=1.0,         # of the same
+                        epsilon_t:float=1e-5,  # as for `flow_quantile`
+                       ) -> Tensor:            # σ, same shape
+    "Flow matching with a logit-normal time: the same as ln σ ~ N(mean, std²)."
+    t = logit_normal(u, mean, std).clamp(epsilon_t, 1 - epsilon_t)
+    return t / (1 - t)
+
+def v_logit_quantile(u:Tensor,              # uniform in (0, 1), any shape
+                     mean:float=0.0,        # of ln(t/(1 − t))
+                     std:float=1.0,         # of the same
+                     epsilon_t:float=1e-5,  # as for `v_quantile`
+                    ) -> Tensor:            # σ, same shape
+    "v-prediction with a logit-normal time."
+    t = logit_normal(u, mean, std).clamp(epsilon_t, 1 - epsilon_t)
+    return (math.pi/2 * t).tan()
+
 # %% ../nbs/04_training.ipynb #94be1430
 QUANTILES = {"lognormal": lognormal_quantile, "vp": vp_quantile, "ve": ve_quantile,
-             "iddpm": iddpm_quantile}
-WEIGHTS = {"edm": edm_weight, "inverse_square": inverse_square_weight}
+             "iddpm": iddpm_quantile, "flow": flow_quantile, "v": v_quantile,
+             "flow_logit": flow_logit_quantile, "v_logit": v_logit_quantile}
+
+def flow_weight(sigma:Tensor,           # noise levels, any shape, > 0
+                sigma_data:float=0.5,   # unused: the row does not know it
+               ) -> Tensor:             # same shape as `sigma`
+    "λ(σ) = (1 + 1/σ)²: the squared error of the velocity."
+    return (1 + 1/sigma)**2
+
+def v_weight(sigma:Tensor,           # noise levels, any shape, > 0
+             sigma_data:float=0.5,   # unused: the row does not know it
+            ) -> Tensor:             # same shape as `sigma`
+    "λ(σ) = 1 + 1/σ²: the squared error of v."
+    return 1 + sigma**-2
+
+WEIGHTS = {"edm": edm_weight, "inverse_square": inverse_square_weight,
+           "flow": flow_weight, "v": v_weight}
 
 def draw_sigma(quantile:Callable,      # maps U(0, 1) to σ
                n:int,                  # how many

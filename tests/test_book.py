@@ -39,11 +39,7 @@ def test_diagrams_are_drawings_in_the_colours_of_the_page(name):
 
 def test_the_book_is_complete():
     names = {path.stem for path in NOTEBOOKS}
-<<<<<<< HEAD
-    assert {"index", "00_framework", "01_ode_solvers", "02_stochastic", "03_preconditioning", "04_training", "05_likelihood", "10_data",
-=======
-    assert {"index", "00_framework", "01_ode_solvers", "02_stochastic", "03_preconditioning", "04_training", "06_guidance", "10_data",
->>>>>>> b23149a (Chapter 06: guidance and inverse problems; guidance moves out of chapter 04)
+    assert {"index", "00_framework", "01_ode_solvers", "02_stochastic", "03_preconditioning", "04_training", "05_likelihood", "06_guidance", "10_data",
             "11_networks", "12_augmentation", "13_metrics", "14_checkpoints", "15_cli"} <= names
 
 

@@ -105,8 +105,7 @@ LETTERS = {
            "alpha": ("place of the second slope", r"rk2\(alpha:float|for alpha in best_alpha"), "epsilon": ("predicted noise", r"epsilon = \(x_tilde")},
     "02": {"beta": ("rate at which an SDE exchanges noise", r"beta:Callable|def (equation_6|variance_error|em_distance|naive_sde)\(|for .*\bbeta\b.* in .*(rates|family)")},
     "03": {"epsilon": ("noise of unit variance", r"epsilon, F = \(x - y\) / ")},
-    "04": {"beta": ("factor of the average", r"beta:float|beta = ema_beta\("), "u": ("a uniform random number", r"u:Tensor, +# uniform|u = torch\.rand\("),
-           "w": ("strength of guidance", r"w:float, +# strength|\bw in (zip\(axes, \(0|.*spread\.items)|for w, \(s, m\) in spread")},
+    "04": {"beta": ("factor of the average", r"beta:float|beta = ema_beta\("), "u": ("a uniform random number", r"u:Tensor, +# uniform|u = torch\.rand\(")},
 }
 # The same for Greek in formulas and prose: the forms that a chapter may write; "" is the bare letter. A form with an index or a hat is a name of its own.
 GREEK = {
@@ -161,7 +160,7 @@ def test_the_index_says_where_a_letter_changes_its_meaning():
     "One row a letter, one column a chapter; a dash stands exactly where the ledger has nothing."
     (text,) = [source(c) for c in cells_of(ROOT / "nbs/index.ipynb") if source(c).startswith("### Letters that mean something else")]
     rows = {cells[0]: cells[1:] for cells in ([part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| "))}
-    latin = {"00": {"w", "u", "h"}, "01": {"w", "h"}, "02": {"u"}, "03": {"u"}, "04": {"w", "u"}}      # formulas or code
+    latin = {"00": {"w", "u", "h"}, "01": {"w", "h"}, "02": {"u"}, "03": {"u"}, "04": {"u"}}      # formulas or code
     assert rows.pop("letter") == list(GREEK) and set(rows) == {"β", "ε", "α", "w", "u", "h"}
     for letter, meanings in rows.items():
         used = {chapter for chapter in GREEK if (GREEK[chapter].get(letter) if letter in "βεα" else letter in latin[chapter])}
