@@ -1,6 +1,6 @@
 """What chapter 06 shows of photographs, and autoguidance measured on digits; both take longer than a notebook may.
 
-    python studies/guidance.py cifar10 [--n 6]        # results/guidance_cifar10.json and .npz
+    python studies/guidance.py cifar10 [--n 4]        # results/guidance_cifar10.json and .npz
     python studies/guidance.py autoguidance           # results/autoguidance_digits.json
 
 Photographs: three measurements of CIFAR-10 test images (a square cut out of the middle, means of 4 x 4 pixels, a blur), each with
@@ -132,7 +132,7 @@ def autoguidance(seeds, strengths):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("cifar10", "autoguidance"))
-    parser.add_argument("--n", type=int, default=6, help="photographs")
+    parser.add_argument("--n", type=int, default=4, help="photographs")
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--iterations", type=int, default=3, help="of mmps")
     parser.add_argument("--seeds", type=int, default=5)
