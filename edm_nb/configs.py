@@ -54,7 +54,8 @@ class TrainConfig:
     label_dropout:float = 0.0          # share trained without label, for guidance
     precision:str = "fp32"             # "fp32" or "bf16" (autocast)
     channels_last:bool = False         # memory layout of the convolutions
-    compile:str|None = None            # a word of COMPILE; None: blocks where CUDA is
+    compile:str|None = None            # a word of COMPILE; None: fused where CUDA is
+    cuda_graph:bool|None = None        # replay updates; None: where that is possible
     seed:int = 0                       # of initial weights, data order and all noise
     log_every:int = 100_000            # images between progress records
     save_every:int = 2_000_000         # images between checkpoints; 0: only at the end
@@ -74,7 +75,8 @@ class TrainConfig:
         check_config(self)
 
 # %% ../nbs/24_configs.ipynb #4775f2fb
-COMPILE = ("none", "blocks", "whole")   # each block a graph, or the whole network one
+# PyTorch as it is; with our own kernels; each block compiled; the whole network
+COMPILE = ("none", "fused", "blocks", "whole")
 
 def is_whole(value, least:int=0) -> bool:
     return type(value) is int and least <= value < 2**63
@@ -119,6 +121,7 @@ RULES = {    # what a value must be, in words and as a test; a field is named on
     "one of fp32, bf16": (("precision",), lambda v: v in ["fp32", "bf16"]),
     "one of " + ", ".join(COMPILE) + ", or null":
         (("compile",), lambda v: v is None or v in list(COMPILE)),
+    "true, false or null": (("cuda_graph",), lambda v: v is None or type(v) is bool),
 }
 
 def check_config(config:TrainConfig) -> None:   # what to check

@@ -14,6 +14,7 @@ import functools, hashlib, json, math, os, shutil, tempfile, time, warnings, zip
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class ImageSet:
     def __post_init__(self): check_contract(self)
     def __len__(self): return len(self.images)
 
-    @property
+    @cached_property                # on a GPU, looking makes the host wait
     def label_dim(self) -> int:     # width of `class_labels`: 0 without labels
         "Width of the label vectors a network gets: 0 without labels."
         if self.labels is None: return 0

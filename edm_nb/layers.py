@@ -139,13 +139,16 @@ class Conv(Layer):
         self.size, self.direction = size, direction
         if direction: self.register_buffer("resample_filter", filter_kernel(taps))
 
-    def forward(self, x:Tensor) -> Tensor:
+    def resampled(self, x:Tensor) -> Tensor:
+        if not self.direction: return x
         resample = double if self.direction == "up" else halve
+        return resample(x, self.resample_filter)
+
+    def forward(self, x:Tensor) -> Tensor:
         if self.direction == "up" and self.size == 1:
             x = double(F.conv2d(x, self.weight), self.resample_filter)
             return x + self.bias[:, None, None]
-        if self.direction: x = resample(x, self.resample_filter)
-        return F.conv2d(x, self.weight, self.bias, padding=self.size//2)
+        return F.conv2d(self.resampled(x), self.weight, self.bias, padding=self.size//2)
 
 # %% ../nbs/34_layers.ipynb #af6a31d4
 class PyramidConv(Conv):
@@ -169,8 +172,12 @@ class GroupNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.fused = False      # see `updates.compiled`
 
     def forward(self, x:Tensor) -> Tensor:
+        if self.fused and x.is_cuda:
+            from edm_nb.kernels import norm_silu
+            return norm_silu(x, self, silu=False)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         kind = x.device.type
         if x.is_meta or not torch.is_autocast_enabled(kind):

@@ -70,6 +70,7 @@ class Residual(nn.Module):
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
         self.style, self.dropout = style, dropout
+        self.fused = False             # see `updates.compiled`
         self.norm0 = GroupNorm(inputs, style.eps)
         self.conv0 = Conv(inputs, outputs, 3, style.layer, direction, style.taps)
         params = 2*outputs if style.adaptive else outputs
@@ -87,6 +88,9 @@ class Residual(nn.Module):
         return F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
 
     def forward(self, x:Tensor, emb:Tensor) -> Tensor:
+        if self.fused and x.is_cuda:
+            from edm_nb.kernels import residual
+            return residual(self, x, emb)
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.dropout(self.condition(h, emb), self.dropout, self.training)
         if self.skip is not None: x = self.skip(x)

@@ -37,8 +37,7 @@ from .preconditioning import estimate_sigma_data, Preconditioned, warn_sigma_dat
 from .randomness import IndexStream, stream_seed
 from .training import EMA
 from edm_nb.updates import (
-    compiled, ema_denoiser, how_to_compile, make_batch, new_state, train_step,
-    TrainState
+    compiled, ema_denoiser, how_to_compile, new_state, TrainState, updater
 )
 
 # %% ../nbs/25_runs.ipynb #0df7571f
@@ -376,6 +375,7 @@ def run_loop(state:TrainState,          # is advanced
     config, device, reported = state.config, team.device, state.images
     forward, meter = wrap(state, team), Meter(device)
     order = IndexStream(len(data), stream_seed(config.seed, "order"))
+    update = updater(forward, state, data, order, team.device, team.rank, team.world)
     write = folder is not None and team.rank == 0
     reseeded = [device] if device.type == "cuda" else []
     while state.images < config.images:
@@ -383,9 +383,7 @@ def run_loop(state:TrainState,          # is advanced
         passed = lambda every: due(before, state.images, every, config.images)
         with deferred_interrupt() as pressed, torch.random.fork_rng(reseeded):
             torch.manual_seed(stream_seed(config.seed, "dropout", before + team.rank))
-            batch = make_batch(config, data, order, state.images, device, team.rank,
-                               team.world)
-            meter.add(*train_step(forward, state, batch, team.world))
+            meter.add(*update())
             if passed(config.log_every):
                 record = meter.read(state, state.images - reported, team.world)
                 state.record, reported = record.values(), state.images

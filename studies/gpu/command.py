@@ -6,6 +6,7 @@
 Each stage writes its own file under --out (default results/gpu) as it ends, with hardware, versions, seed and date; its module
 has its name. The most valuable first:
 
+    kernels       our kernels against float64, a recorded update against a launched one
     profile       one update of the 56 M and of the 14 M network: top kernels, launches, host time, gaps
     correctness   networks, gradients, loss, samplers and augmentation on the device against float64 on the CPU
     training      ms and images/s of the paper's 56 M network, from plain fp32 to bf16 + channels-last + compile
@@ -36,6 +37,7 @@ import torch
 from record import ROOT
 from studies.gpu.artefacts import artefacts
 from studies.gpu.correctness import correctness
+from studies.gpu.kernels import kernels
 from studies.gpu.model import model
 from studies.gpu.profiling import profile
 from studies.gpu.report import Report
@@ -45,7 +47,7 @@ from studies.gpu.study import study
 from studies.gpu.training import training
 from studies.gpu.trials import trials
 
-STAGES = (profile, correctness, training, sampling, trials, model, study, artefacts)
+STAGES = (kernels, profile, correctness, training, sampling, trials, model, study, artefacts)
 
 
 def seconds_of(text):
@@ -73,6 +75,7 @@ def parse(arguments=None):
     parser.add_argument("--curve-samples", type=int, default=10_000, help="samples behind every other distance of the model")
     parser.add_argument("--study-samples", type=int, default=5_000, help="samples per cell of the study")
     parser.add_argument("--sample-batch", type=int, default=500)
+    parser.add_argument("--search", action="store_true", help="let cuDNN try its algorithms at each new shape: slower to start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=seconds_of, nargs="*", default=[], metavar="STAGE=SECONDS", help=f"other than {LIMITS}")
     parser.add_argument("--stop-after", type=float, default=0, metavar="SECONDS", help="end this call, to be called again; 0: never")
@@ -89,7 +92,7 @@ def main():
     args = parse()
     if torch.device(args.device).type != "cuda" and not args.toy:
         sys.exit("studies.gpu: no CUDA device; add --toy to rehearse the same code at toy size on the CPU")
-    torch.backends.cudnn.benchmark = True                      # all shapes are fixed: let cuDNN try its algorithms once
+    torch.backends.cudnn.benchmark = args.search               # all shapes are fixed: cuDNN may try its algorithms once
     torch._dynamo.config.automatic_dynamic_shapes = False      # one graph per shape: a second batch size must not slow the first
     torch._dynamo.config.recompile_limit = 64                  # past the limit code would run eagerly, with no more than a warning
     torch.manual_seed(args.seed)

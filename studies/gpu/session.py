@@ -12,7 +12,7 @@ import torch
 from record import gpu_name, hardware, now, versions, write_json
 
 # Seconds that a stage may take: a call is at most four minutes. Of `model` the measuring only, its training is bounded by --minutes.
-LIMITS = dict(profile=240, correctness=60, training=240, sampling=150, trials=240, model=240, study=240, artefacts=150)
+LIMITS = dict(kernels=60, profile=240, correctness=60, training=240, sampling=150, trials=240, model=240, study=240, artefacts=150)
 
 
 class OutOfTime(Exception):
@@ -57,7 +57,7 @@ class Session:
 
     def settings(self):
         "Rows are kept between calls where these agree."
-        names = ("toy", "seed", "minutes", "marks", "trial_minutes", "study_samples", "curve_samples", "samples", "sample_batch")
+        names = ("toy", "seed", "minutes", "marks", "trial_minutes", "study_samples", "curve_samples", "samples", "sample_batch", "search")
         return {name: getattr(self.args, name) for name in names} | dict(gpu=gpu_name(), torch=torch.__version__)
 
     def rows(self, stage, cells, measure):
