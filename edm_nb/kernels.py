@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANES', 'jit', 'within', 'norm_forward', 'norm_backward', 'tiling', 'NormSiLU', 'norm_silu', 'sum_forward',
-           'ScaledSum', 'fits', 'convolve', 'residual']
+           'sum_backward', 'ScaledSum', 'Halve', 'Double', 'repeat', 'resized', 'convolve', 'residual']
 
 # %% ../nbs/44_kernels.ipynb #741a173d
 import torch
@@ -30,92 +30,99 @@ def within(total, lane, CG:tl.constexpr):
 
 @jit
 def norm_forward(x, shift, weight, bias, y, mean, rstd, stride, eps,
-                 C:tl.constexpr, HW:tl.constexpr, CG:tl.constexpr, GB:tl.constexpr, CP:tl.constexpr,
-                 ROWS:tl.constexpr, SHIFT:tl.constexpr, SILU:tl.constexpr):
+                 C:tl.constexpr, HW:tl.constexpr, CG:tl.constexpr, GB:tl.constexpr,
+                 CP:tl.constexpr, ROWS:tl.constexpr,
+                 SHIFT:tl.constexpr, SILU:tl.constexpr):
     "GB groups of CG channels of one image, padded to CP lanes."
-    image, lane = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
-    c = tl.program_id(1)*GB*CG + lane
+    image, lane = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
+    c = tl.program_id(0)*GB*CG + lane
     ok = (lane < GB*CG) & (c < C)
-    at, rows = image*HW*C + c[None, :], tl.arange(0, ROWS)
-    e = tl.zeros([CP], tl.float32)
-    if SHIFT: e = tl.load(shift + image*C + c, ok, 0.0).to(tl.float32)
-    mu, m2 = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
+    rows = tl.arange(0, ROWS)
+    at = image*HW*C + rows[:, None]*C + c[None, :]
+    seen = tl.zeros([ROWS, 1], tl.float32)             # pixels of this thread
+    mu, m2 = tl.zeros([ROWS, CP], tl.float32), tl.zeros([ROWS, CP], tl.float32)
     for r in range(0, HW, ROWS):
         here = (r + rows)[:, None] < HW
-        v = tl.load(x + at + (r + rows)[:, None]*C, here & ok[None, :], 0.0)
-        v = v.to(tl.float32) + e[None, :]
-        n, k = r*1.0, tl.sum(tl.where(here, 1.0, 0.0))      # rows before, and here
-        m = tl.sum(tl.where(here, v, 0.0), axis=0) / k
-        d = tl.where(here, v - m[None, :], 0.0)
-        gap = m - mu
-        m2 += tl.sum(d*d, axis=0) + gap*gap*(n*k/(n + k))
-        mu += gap*(k/(n + k))
-    n, centre = HW*1.0, within(mu, lane, CG) / CG
-    gap = mu - centre
-    var = within(m2 + n*gap*gap, lane, CG) / (n*CG)
+        v = tl.load(x + at + r*C, here & ok[None, :], 0.0).to(tl.float32)
+        seen += tl.where(here, 1.0, 0.0)
+        d = tl.where(here, v - mu, 0.0)
+        mu += d / tl.maximum(seen, 1.0)
+        m2 += d*(v - mu)
+    n, own = HW*1.0, tl.sum(mu*seen, axis=0) / HW      # mean of each channel
+    gap = mu - own[None, :]
+    m2_own = tl.sum(m2 + seen*gap*gap, axis=0)
+    e = tl.zeros([CP], tl.float32)
+    if SHIFT: e = tl.load(shift + image*C + c, ok, 0.0).to(tl.float32)
+    centre = within(own + e, lane, CG) / CG
+    apart = own + e - centre
+    var = within(m2_own + n*apart*apart, lane, CG) / (n*CG)
     scale = tl.rsqrt(var + eps)
     tl.store(mean + image*C + c, centre, ok)
     tl.store(rstd + image*C + c, scale, ok)
     w = tl.load(weight + image*stride + c, ok, 0.0).to(tl.float32) * scale
-    b = tl.load(bias + image*stride + c, ok, 0.0).to(tl.float32) + (e - centre)*w
+    b = tl.load(bias + image*stride + c, ok, 0.0).to(tl.float32)
+    offset = e - centre
     for r in range(0, HW, ROWS):
         part = ((r + rows)[:, None] < HW) & ok[None, :]
-        v = tl.load(x + at + (r + rows)[:, None]*C, part, 0.0).to(tl.float32)
-        z = v*w[None, :] + b[None, :]
+        v = tl.load(x + at + r*C, part, 0.0).to(tl.float32)
+        z = (v + offset[None, :])*w[None, :] + b[None, :]
         if SILU: z = z*tl.sigmoid(z)
-        tl.store(y + at + (r + rows)[:, None]*C, z.to(y.dtype.element_ty), part)
+        tl.store(y + at + r*C, z.to(y.dtype.element_ty), part)
 
 # %% ../nbs/44_kernels.ipynb #48f2798d
 @jit
 def norm_backward(x, shift, weight, bias, mean, rstd, dy, dx, dshift, dweight, dbias,
-                  stride, C:tl.constexpr, HW:tl.constexpr, CG:tl.constexpr, GB:tl.constexpr, CP:tl.constexpr,
-                  ROWS:tl.constexpr, SHIFT:tl.constexpr, SILU:tl.constexpr):
+                  stride, C:tl.constexpr, HW:tl.constexpr, CG:tl.constexpr,
+                  GB:tl.constexpr, CP:tl.constexpr, ROWS:tl.constexpr,
+                  SHIFT:tl.constexpr, SILU:tl.constexpr):
     "Gradients of what `norm_forward` read; those of weight and bias per image."
-    image, lane = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
-    c = tl.program_id(1)*GB*CG + lane
+    image, lane = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
+    c = tl.program_id(0)*GB*CG + lane
     ok = (lane < GB*CG) & (c < C)
-    at, rows = image*HW*C + c[None, :], tl.arange(0, ROWS)
+    rows = tl.arange(0, ROWS)
+    at = image*HW*C + rows[:, None]*C + c[None, :]
     scale = tl.load(rstd + image*C + c, ok, 0.0)
     offset = -tl.load(mean + image*C + c, ok, 0.0)
     if SHIFT: offset += tl.load(shift + image*C + c, ok, 0.0).to(tl.float32)
     w = tl.load(weight + image*stride + c, ok, 0.0).to(tl.float32)
     b = tl.load(bias + image*stride + c, ok, 0.0).to(tl.float32)
-    sum_g = tl.zeros([CP], tl.float32)
-    sum_gx, sum_x = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
+    all_g, all_gx = tl.zeros([ROWS, CP], tl.float32), tl.zeros([ROWS, CP], tl.float32)
+    all_x = tl.zeros([ROWS, CP], tl.float32)
     for r in range(0, HW, ROWS):
         part = ((r + rows)[:, None] < HW) & ok[None, :]
-        v = tl.load(x + at + (r + rows)[:, None]*C, part, 0.0).to(tl.float32)
-        g = tl.load(dy + at + (r + rows)[:, None]*C, part, 0.0).to(tl.float32)
-        xhat = tl.where(part, (v + offset[None, :])*scale[None, :], 0.0)
+        v = tl.load(x + at + r*C, part, 0.0).to(tl.float32)
+        g = tl.load(dy + at + r*C, part, 0.0).to(tl.float32)
+        xhat = (v + offset[None, :])*scale[None, :]
         if SILU:
             z = xhat*w[None, :] + b[None, :]
             s = tl.sigmoid(z)
             g *= s*(1 + z*(1 - s))
-        sum_g += tl.sum(g, axis=0)
-        sum_gx += tl.sum(g*xhat, axis=0)
-        sum_x += tl.sum(xhat, axis=0)
+        all_g += g
+        all_gx += g*xhat
+        if SHIFT: all_x += tl.where(part, xhat, 0.0)
+    sum_g, sum_gx = tl.sum(all_g, axis=0), tl.sum(all_gx, axis=0)
     tl.store(dweight + image*C + c, sum_gx, ok)
     tl.store(dbias + image*C + c, sum_g, ok)
     total = HW*1.0
     one = within(w*sum_g, lane, CG) / (total*CG)
     along = within(w*sum_gx, lane, CG) / (total*CG)
     if SHIFT:
-        every = scale*(w*sum_g - total*one - along*sum_x)
+        every = scale*(w*sum_g - total*one - along*tl.sum(all_x, axis=0))
         tl.store(dshift + image*C + c, every, ok)
     for r in range(0, HW, ROWS):
         part = ((r + rows)[:, None] < HW) & ok[None, :]
-        v = tl.load(x + at + (r + rows)[:, None]*C, part, 0.0).to(tl.float32)
-        g = tl.load(dy + at + (r + rows)[:, None]*C, part, 0.0).to(tl.float32)
+        v = tl.load(x + at + r*C, part, 0.0).to(tl.float32)
+        g = tl.load(dy + at + r*C, part, 0.0).to(tl.float32)
         xhat = (v + offset[None, :])*scale[None, :]
         if SILU:
             z = xhat*w[None, :] + b[None, :]
             s = tl.sigmoid(z)
             g *= s*(1 + z*(1 - s))
         d = scale[None, :]*(w[None, :]*g - one[None, :] - xhat*along[None, :])
-        tl.store(dx + at + (r + rows)[:, None]*C, d.to(dx.dtype.element_ty), part)
+        tl.store(dx + at + r*C, d.to(dx.dtype.element_ty), part)
 
 # %% ../nbs/44_kernels.ipynb #3998cd89
-LANES = 32     # channels that a program reads side by side
+LANES = 64     # channels that a program reads side by side
 
 def tiling(channels:int,   # C
            groups:int,     # that the channels are split into
@@ -124,8 +131,9 @@ def tiling(channels:int,   # C
     "How a program's share is laid out: GB groups of CG channels in CP lanes."
     size = channels // groups
     lanes = max(LANES, triton.next_power_of_2(size))
-    rows = min(128, max(16, triton.next_power_of_2(pixels)))
-    return dict(CG=size, GB=max(1, lanes // size), CP=lanes, ROWS=rows, num_warps=4)
+    rows = min(max(16, 4096 // lanes), max(4, triton.next_power_of_2(pixels)))
+    warps = 8 if rows*lanes >= 4096 else 4
+    return dict(CG=size, GB=max(1, lanes // size), CP=lanes, ROWS=rows, num_warps=warps)
 
 class NormSiLU(torch.autograd.Function):
     "Group norm of channels-last feature maps, shifted before, SiLU after."
@@ -139,7 +147,7 @@ class NormSiLU(torch.autograd.Function):
         weight, bias = weight.contiguous(), bias.contiguous()
         stride = C if weight.ndim == 2 else 0           # one per image, or for all
         tiles = tiling(C, groups, H*W)
-        grid = (B, -(-groups // tiles["GB"]))
+        grid = (-(-groups // tiles["GB"]), B)
         norm_forward[grid](x, x if shift is None else shift, weight, bias, y, mean,
                            rstd, stride, eps, C, H*W, **tiles,
                            SHIFT=shift is not None, SILU=silu)
@@ -154,12 +162,12 @@ class NormSiLU(torch.autograd.Function):
         B, C, H, W = x.shape
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
-        dweight, dbias, dshift = torch.empty(3, B, C, device=x.device,
-                                             dtype=torch.float32)
+        made = torch.empty(3, B, C, device=x.device, dtype=torch.float32)
+        dweight, dbias, dshift = made
         norm_backward[grid](x, x if shift is None else shift, weight, bias, mean, rstd,
                             dy, dx, dshift, dweight, dbias, stride, C, H*W, **tiles,
                             SHIFT=shift is not None, SILU=silu)
-        if weight.ndim == 1: dweight, dbias = dweight.sum(0), dbias.sum(0)
+        if weight.ndim == 1: dweight, dbias = made[:2].sum(1)
         return (dx, None if shift is None else dshift.to(shift.dtype),
                 dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None)
 
@@ -186,6 +194,21 @@ def sum_forward(h, x, bias, y, s, C, N, SIZE:tl.constexpr):
     total += tl.load(x + at, ok, 0.0).to(tl.float32)
     tl.store(y + at, (total*s).to(y.dtype.element_ty), ok)
 
+@jit
+def sum_backward(dy, d, partial, s, N, C:tl.constexpr, CP:tl.constexpr,
+                 ROWS:tl.constexpr, TURNS:tl.constexpr):
+    "dy·s of N pixels, and its sums over each program's pixels."
+    c, rows = tl.program_id(1)*CP + tl.arange(0, CP), tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64)*(ROWS*TURNS)
+    total = tl.zeros([ROWS, CP], tl.float32)
+    for k in range(TURNS):
+        r = first + k*ROWS + rows
+        ok = (r[:, None] < N) & (c[None, :] < C)
+        g = tl.load(dy + r[:, None]*C + c[None, :], ok, 0.0).to(tl.float32)*s
+        total += g
+        tl.store(d + r[:, None]*C + c[None, :], g.to(d.dtype.element_ty), ok)
+    tl.store(partial + tl.program_id(0)*C + c, tl.sum(total, axis=0), c < C)
+
 class ScaledSum(torch.autograd.Function):
     "(h + bias + x)·scale of channels-last feature maps."
     @staticmethod
@@ -201,19 +224,47 @@ class ScaledSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        d = dy * ctx.scale
-        total = d.sum((0, 2, 3), dtype=torch.float32).to(ctx.kind)
-        return d, d.to(ctx.skip), total, None
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        d, (B, C, H, W) = torch.empty_like(dy), dy.shape
+        rows, turns = 64, max(1, min(16, B*H*W // 2**15))
+        grid = (triton.cdiv(B*H*W, rows*turns), triton.cdiv(C, 64))
+        partial = torch.empty(grid[0], C, device=dy.device, dtype=torch.float32)
+        sum_backward[grid](dy, d, partial, ctx.scale, B*H*W, C, CP=64, ROWS=rows,
+                           TURNS=turns, num_warps=8)
+        return d, d.to(ctx.skip), partial.sum(0).to(ctx.kind), None
+
+# %% ../nbs/44_kernels.ipynb #51cbdd68
+class Halve(torch.autograd.Function):
+    "The mean of each 2×2 square."
+    @staticmethod
+    def forward(ctx, x): return F.avg_pool2d(x, 2)
+    @staticmethod
+    def backward(ctx, dy): return repeat(dy * 0.25)
+
+class Double(torch.autograd.Function):
+    "Each pixel twice in each direction."
+    @staticmethod
+    def forward(ctx, x): return repeat(x)
+    @staticmethod
+    def backward(ctx, dy): return F.avg_pool2d(dy, 2) * 4
+
+def repeat(x:Tensor) -> Tensor:   # `[B, C, H, W]` -> `[B, C, 2H, 2W]`, same dtype
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+def resized(layer:nn.Module,   # `layers.Conv` or `layers.Resample`
+            x:Tensor,          # `[B, C, H, W]`
+           ) -> Tensor:
+    "What the layer does to the resolution."
+    if not layer.direction: return x
+    if layer.resample_filter.shape[-1] == 2:
+        return (Double if layer.direction == "up" else Halve).apply(x)
+    return layer.resampled(x)
 
 # %% ../nbs/44_kernels.ipynb #8bd3c8d0
-def fits(x:Tensor) -> bool:   # a feature map
-    "Whether the kernels take it: on a GPU, in a precision they know."
-    kinds = (torch.bfloat16, torch.float16, torch.float32)
-    return triton is not None and x.is_cuda and x.dtype in kinds
-
-def convolve(conv:nn.Module, x:Tensor) -> Tensor:   # `layers.Conv`, 3×3
+def convolve(conv:nn.Module, x:Tensor) -> Tensor:   # `layers.Conv`, its input
     "The convolution without its bias."
-    return F.conv2d(conv.resampled(x), conv.weight, padding=conv.size//2)
+    return F.conv2d(resized(conv, x), conv.weight, padding=conv.size//2)
 
 def residual(block:nn.Module,  # `networks.Residual`: two norms, two convolutions
              x:Tensor,         # `[B, C, H, W]`
@@ -229,5 +280,7 @@ def residual(block:nn.Module,  # `networks.Residual`: two norms, two convolution
         h = norm_silu(h, norm, weight, bias, shift)
     else: h = norm_silu(h, norm, shift=params.float() + block.conv0.bias)
     h = convolve(block.conv1, F.dropout(h, block.dropout, block.training))
-    if block.skip is not None: x = block.skip(x)
-    return ScaledSum.apply(h, x.to(h.dtype), block.conv1.bias, block.style.skip_scale)
+    bias, skip = block.conv1.bias, block.skip
+    if hasattr(skip, "weight"): x, bias = convolve(skip, x), bias + skip.bias
+    elif skip is not None: x = resized(skip, x)
+    return ScaledSum.apply(h, x.to(h.dtype), bias, block.style.skip_scale)

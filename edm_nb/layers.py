@@ -121,8 +121,10 @@ class Resample(nn.Module):
         self.direction = direction
         self.register_buffer("resample_filter", filter_kernel(taps))
 
-    def forward(self, x:Tensor) -> Tensor:
+    def resampled(self, x:Tensor) -> Tensor:
         return (double if self.direction == "up" else halve)(x, self.resample_filter)
+
+    forward = resampled
 
 # %% ../nbs/34_layers.ipynb #ade65392
 class Conv(Layer):

@@ -45,7 +45,7 @@ from studies.gpu.sampling import sampling
 from studies.gpu.session import bundle, LIMITS, OutOfTime
 from studies.gpu.study import study
 from studies.gpu.training import training
-from studies.gpu.trials import trials
+from studies.gpu.trials import TRIALS, trials
 
 STAGES = (kernels, profile, correctness, training, sampling, trials, model, study, artefacts)
 
@@ -69,6 +69,7 @@ def parse(arguments=None):
     parser.add_argument("--stages", nargs="+", choices=names, default=names)
     parser.add_argument("--redo", nargs="*", choices=names, default=[], help="stages to run again although their file is there")
     parser.add_argument("--minutes", type=float, default=12, help="training time of the model")
+    parser.add_argument("--choice", choices=list(TRIALS), help="what the model is, by hand and not by trials")
     parser.add_argument("--marks", type=float, nargs="*", default=[2, 5, 10], help="minutes at which a snapshot is taken on the way")
     parser.add_argument("--trial-minutes", type=float, default=0.75)
     parser.add_argument("--samples", type=int, default=50_000, help="samples behind the final distances")
@@ -98,7 +99,8 @@ def main():
     torch.manual_seed(args.seed)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     report, failed = Report(args), []
-    chosen = [stage for stage in STAGES if stage.__name__ in args.stages]
+    by_name = {stage.__name__: stage for stage in STAGES}
+    chosen = [by_name[name] for name in args.stages]          # in the order that was asked for
     print(report.outlook(chosen), flush=True)
     try:
         for stage in chosen:

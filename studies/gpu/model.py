@@ -27,7 +27,9 @@ def plan(report, folder):
     path = folder / "plan.json"
     if not path.exists():
         found = report.load("trials") or dict(best="preset", ema_share=EMA_SHARES[0])
-        write_json(path, dict(chosen=found["best"], ema_share=found["ema_share"], trials=report.load("trials") is not None))
+        if report.args.choice:
+            found = found | dict(best=report.args.choice)
+        write_json(path, dict(chosen=found["best"], ema_share=found["ema_share"], trials=report.load("trials") is not None and not report.args.choice))
     chosen = json.loads(path.read_text())
     return chosen, model_config(report, **TRIALS[chosen["chosen"]], ema_halflife=1e12, ema_rampup=chosen["ema_share"])
 

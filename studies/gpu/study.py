@@ -16,9 +16,10 @@ def study(report):
     line = lambda what, name, row, solver, k, **more: dict(  # noqa: E731
         what=what, name=name, row=row, solver=solver, steps=k, NFE=2*k - 1 if solver == "Heun" else k, **more)
     cells = [line("solver", "Heun", "EDM", "Heun", k) for k in steps] + [line("solver", "Euler", "EDM", "Euler", 2*k - 1) for k in steps]
-    amounts, counts = ((0, 10), (2, 3)) if report.toy else ((0, 10, 30, 80), (9, 18, 32))
-    cells += [line("churn", f"S_churn = {s}", "EDM", "Heun", k, S_churn=s) for k in counts for s in amounts]
-    cells += [line("row", name, name, "Euler", 2*k - 1) for name in ("VP", "VE", "iDDPM") for k in steps]
+    amounts, counts = ((0, 10), (2, 3)) if report.toy else ((0, 10, 30, 80), (18, 9, 32))
+    churns = [line("churn", f"S_churn = {s}", "EDM", "Heun", k, S_churn=s) for k in counts for s in amounts if s or k not in steps]
+    rows = [line("row", name, name, "Euler", 2*k - 1) for k in sorted(steps, key=lambda k: abs(k - 18)) for name in ("VP", "VE", "iDDPM")]
+    cells += rows[:3] + churns + rows[3:]       # the most telling first; no churn at the solver's steps is the solver's row
 
     def measure(cell):
         churn = Churn(cell.get("S_churn", 0), 0.01, 1, 1.007)
