@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_SHIPPED', 'choose', 'load_data', 'room_for', 'shrink', 'to_device', 'check_data', 'check_scale', 'Team',
            'pick_device', 'from_environment', 'told_by_torchrun', 'join_team', 'gather', 'on_first', 'agree', 'wrap',
-           'same_start', 'Progress', 'TrainingDiverged', 'Meter', 'deferred_interrupt', 'due', 'run_loop', 'open_run',
-           'finish', 'train', 'fit']
+           'same_start', 'Progress', 'TrainingDiverged', 'what_is_bad', 'Meter', 'deferred_interrupt', 'due',
+           'run_loop', 'open_run', 'finish', 'train', 'fit']
 
 # %% ../nbs/25_runs.ipynb #f1693ec2
 import contextlib, copy, dataclasses, math, os, shutil, signal, sys, tempfile
@@ -304,6 +304,17 @@ class Progress:
 class TrainingDiverged(RuntimeError):
     "Too many updates in a row had a non-finite loss or gradient."
 
+def what_is_bad(state:TrainState, most:int=3) -> str:   # names shown of each kind
+    "Where NaN and infinity stand after the last update: a first hint at the cause."
+    def names(kind, tensors):
+        bad = [k for k, v in tensors if v is not None and not v.isfinite().all()]
+        if not bad: return f"all {kind} are finite"
+        more = f" and {len(bad) - most} more" if len(bad) > most else ""
+        return f"not finite are the {kind} of {', '.join(bad[:most])}{more}"
+    pairs = list(state.denoiser.named_parameters())
+    return "; ".join([names("weights", pairs),
+                      names("gradients", [(k, p.grad) for k, p in pairs])])
+
 # %% ../nbs/25_runs.ipynb #1215b162
 class Meter:
     "Sums on the device; reading them is the loop's only synchronisation."
@@ -326,8 +337,8 @@ class Meter:
             raise TrainingDiverged(f"{int(state.worst)} updates in a row had a "
                                    "non-finite loss or gradient, the last at "
                                    f"{state.images:,} images. Last good checkpoint: "
-                                   f"{state.saved or 'none'}. Lower lr, lengthen "
-                                   "lr_rampup, or use fp32")
+                                   f"{state.saved or 'none'}. {what_is_bad(state)}. "
+                                   "Lower lr, lengthen lr_rampup, or use fp32")
         state.worst.zero_()
         self.sums.zero_()
         return Progress(state.images, total/good if good else math.nan,

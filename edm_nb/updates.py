@@ -16,7 +16,8 @@ from torch import nn, Tensor
 from .augmentation import apply as apply_augment, AugmentPipe, Draw
 from .configs import COMPILE, TrainConfig
 from .data import ImageSet, one_hot, to_float
-from .networks import Block, build_network
+from .layers import GroupNorm
+from .networks import Block, build_network, Residual, UNet
 from .own_network import build_own, check_network, is_own, try_network
 from .preconditioning import Preconditioned
 from .randomness import IndexStream, stream_seed
@@ -229,7 +230,7 @@ def apply_update(forward:Callable,      # the denoiser or its wrapper
                  lr:float|Tensor,       # of this update
                  share:float|Tensor,    # 1 − β of this update
                  world:int=1,           # number of processes
-                ) -> tuple[Tensor, Tensor, Tensor]:   # loss, gradient norm, 1 if skipped
+                ) -> tuple[Tensor, Tensor, Tensor]:   # loss, norm, 1 if skipped
     "The work of an update. Nothing here waits for the device or depends on the host."
     state.optimizer.zero_grad(set_to_none=True)
     loss = backward(forward, state, batch, world)
@@ -251,7 +252,7 @@ def train_step(forward:Callable,      # the denoiser or its wrapper
                state:TrainState,      # is advanced in place
                batch:Batch,           # this process's part
                world:int=1,           # number of processes
-              ) -> tuple[Tensor, Tensor, Tensor]:   # loss, gradient norm, 1 if skipped
+              ) -> tuple[Tensor, Tensor, Tensor]:   # loss, norm, 1 if skipped
     "One update."
     lr, beta = rates(state.config, state.images)
     found = apply_update(forward, state, batch, lr, 1 - beta, world)
@@ -279,7 +280,7 @@ def compiled(denoiser:Preconditioned,   # blocks are compiled in place
         raise ValueError(f"compile is {how!r}; expected one of {', '.join(COMPILE)}")
     if how == "whole": return torch.compile(denoiser, **options)
     for layer in denoiser.modules() if how == "fused" else ():
-        if hasattr(layer, "fused"): layer.fused = True
+        if isinstance(layer, (Residual, GroupNorm)): layer.fused = True
     for block in denoiser.modules() if how == "blocks" else ():
         if isinstance(block, Block):
             block.compile(dynamic=False, fullgraph=True, **options)
@@ -293,7 +294,7 @@ class NoRecording(RuntimeError):
     "An update that asks the device for a number in the middle cannot be recorded."
 
 class Captured:
-    """Updates that a GPU repeats from a recording; elsewhere the same updates, launched.
+    """Updates that a GPU repeats from a recording; elsewhere they are launched.
 
     For one process, with the images on the training device.
     """
@@ -360,7 +361,7 @@ def updater(forward:Callable,     # the denoiser, compiled or distributed or not
             device:torch.device,  # of the training
             rank:int=0,           # this process
             world:int=1,          # all processes
-           ) -> Callable:         # one update per call; loss, gradient norm, 1 if skipped
+           ) -> Callable:         # one update per call; loss, norm, 1 if skipped
     """What the loop calls: updates from a recording where the configuration allows it.
 
     ValueError: a recording is asked for where there can be none.
@@ -372,7 +373,9 @@ def updater(forward:Callable,     # the denoiser, compiled or distributed or not
     if config.cuda_graph and not able:
         raise ValueError("cuda_graph=True needs one process on a CUDA device whose "
                          "memory holds the images; set it to null or false")
-    if not able or config.cuda_graph is False: return launched
+    ours = isinstance(state.denoiser.net, UNet)   # others may roll dice of their own
+    if not able or not (ours if config.cuda_graph is None else config.cuda_graph):
+        return launched
     way = Captured(forward, state, data, order)
 
     def update():

@@ -17,10 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from studies.gpu import command, correctness, model, profiling, session, setups, training, trials  # noqa: E402
+from studies.gpu import report as report_module  # noqa: E402
 from studies.gpu.report import Report  # noqa: E402
 from studies.gpu.sampling import sampling  # noqa: E402
 
-from edm_nb import checkpoints  # noqa: E402
+from edm_nb import checkpoints, runs  # noqa: E402
 from edm_nb.networks import build_network  # noqa: E402
 from edm_nb.ode_solvers import edm_sigmas  # noqa: E402
 from edm_nb.preconditioning import Preconditioned  # noqa: E402
@@ -52,12 +53,12 @@ def test_every_stage_at_toy_size(tmp_path):
     assert correct["passed"] and all(correct["errors"][k] < correct["limits"][k] for k in correct["errors"])
     assert {"ddpmpp gradient bf16", "sampler with churn", "augmentation fp32"} <= set(correct["errors"])
     assert [row["variant"] for row in rows["training"]] == list(training.VARIANTS) and results["training"]["speedup"] > 0
-    assert {row["variant"] for row in rows["sampling"]} == {"eager", "compiled"} and not results["sampling"]["compile_errors"]
+    assert {row["variant"] for row in rows["sampling"]} == {"eager", "kernels"} and not results["sampling"]["compile_errors"]
     assert set(results["trials"]["rows"][0]["distances"]) == {str(share) for share in trials.EMA_SHARES}
     for row in rows["profile"]:
         assert row["launches"] > 100 and row["kernels"] >= row["launches"] and 0 < row["busy_ms"] and row["gap_ms"] >= sum(row["longest_gaps_ms"][:2]) / 2
         assert sum(kernel["share"] for kernel in row["top"]) <= 1 + 1e-9 and any("convolution" in kernel["name"] for kernel in row["top"])
-    assert {(row["network"], row["how"]) for row in rows["profile"]} == {(n, h) for n in ("56 M", "14 M") for h in ("none", "blocks")}
+    assert {(row["network"], row["how"]) for row in rows["profile"]} == {(n, h) for n in ("56 M", "14 M") for h in ("none", "fused")}
     assert {row["what"] for row in rows["study"]} == {"solver", "row", "churn"}
     assert all(len(row["points"]) == 3 for row in rows["artefacts"])
     for name in ("samples.png", "neighbours.png", "weights.safetensors", *(row["file"] for row in rows["artefacts"])):
@@ -169,7 +170,7 @@ def test_it_says_beforehand_what_it_will_do(tmp_path):
     run = Report(command.parse(["--toy", "--device", "cpu", "--out", str(tmp_path), "--minutes", "12"]))
     session.write_json(tmp_path / "trials.json", {})
     lines = run.outlook(command.STAGES).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == STAGES and STAGES[0] == "profile"
+    assert [line.split()[0] for line in lines[1:]] == STAGES and STAGES[0] == "kernels"
     assert "is there already" in lines[1 + STAGES.index("trials")] and "16.0 min" in lines[1 + STAGES.index("model")]
     minutes = [float(line.split("at most")[1].split()[0]) for line in lines if "at most" in line]
     assert minutes[0] == pytest.approx(sum(minutes[1:])) and max(minutes[1:3]) <= 4
@@ -234,17 +235,32 @@ def test_what_is_trained_is_decided_once(tmp_path):
     assert chosen["chosen"] == "lr 2e-3" and config.ema_rampup == 0.1
 
 
-def test_without_a_compiler_it_runs_and_says_so(tmp_path, monkeypatch):
-    def broken(*arguments, **options): raise RuntimeError("no compiler here")
+def test_without_kernels_it_runs_and_says_so(tmp_path, monkeypatch):
+    def broken(*arguments, **options): raise RuntimeError("no kernels here")
     run = report(tmp_path)
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(report_module, "compiled", broken)
+    monkeypatch.setattr(setups, "compiled", broken)
     denoise = Preconditioned(build_network(setups.training_config(run).network | dict(resolution=32, channels=3, label_dim=10))).eval()
-    assert run.fast(denoise) is denoise and "no compiler here" in run.compile_errors[0]
-    config, _ = setups.can_compile(run, dataclasses.replace(setups.model_config(run), compile=True), run.data("train"))
+    assert run.fast(denoise) is denoise and "no kernels here" in run.compile_errors[0]
+    config, _ = setups.can_compile(run, dataclasses.replace(setups.model_config(run), compile="fused"), run.data("train"))
     assert config.compile == "none" and len(run.compile_errors) == 2
     rows = run.run(sampling)["rows"]
-    assert {row["variant"]: "failed" in row for row in rows} == dict(compiled=True, eager=False)
+    assert {row["variant"]: "failed" in row for row in rows} == dict(kernels=True, eager=False)
     assert json.loads((tmp_path / "sampling.json").read_text())["compile_errors"]
+
+
+def test_what_a_diverging_training_had_before_is_measured(tmp_path, monkeypatch):
+    run = report(tmp_path, "--marks", "0.0001", "--minutes", "5")
+
+    def two_then_nan(config, folder, data, device):
+        for record in runs.train(dataclasses.replace(config, images=48), None, data, device):
+            yield record
+        raise runs.TrainingDiverged("21 updates in a row")
+    monkeypatch.setattr(model, "train", two_then_nan)
+    found = run.run(model.model)
+    assert "21 updates in a row" in found["diverged"] and (tmp_path / "weights.safetensors").exists()
+    assert [row["minutes"] for row in found["rows"] if row["weights"] == "ema" and row["churn"] == "none"][0] == 0.0001
+    assert not [row for row in found["rows"] if row["minutes"] == 5]
 
 
 def test_an_error_beyond_its_limit_is_a_failure(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_compiled_blocks_change_neither_names_nor_copies_nor_numbers():
     assert list(state.denoiser.state_dict()) == names and forward is state.denoiser
     torch.testing.assert_close(forward(x, torch.ones(4), class_labels=label), plain)
     torch.testing.assert_close(updates.ema_denoiser(state)(x, torch.ones(4), class_labels=label), plain)
-    with pytest.raises(ValueError, match="none, blocks, whole"): updates.compiled(state.denoiser, "all")
+    with pytest.raises(ValueError, match="none, fused, blocks, whole"): updates.compiled(state.denoiser, "all")
 
 
 def test_what_is_compiled_follows_the_device_unless_it_is_said():

@@ -10,11 +10,11 @@ import torch
 from edm_nb import checkpoints
 from edm_nb.features import stats_distance
 from edm_nb.ode_solvers import edm_sigmas
-from edm_nb.runs import to_device, train
+from edm_nb.runs import to_device, train, TrainingDiverged
 from edm_nb.stochastic import BEST_CHURN, Churn
 from edm_nb.updates import ema_denoiser
 from record import gpu_name, now, write_json
-from studies.gpu.session import good, OutOfTime
+from studies.gpu.session import good, in_words, OutOfTime
 from studies.gpu.setups import can_compile, model_config
 from studies.gpu.trials import EMA_SHARES, TRIALS
 
@@ -48,19 +48,31 @@ def snapshot(state, where, seconds):
 
 
 def train_model(report, config, folder):
-    "Train until the last snapshot is there; what an earlier call took is left as it is."
+    """Train until the last snapshot is there; what an earlier call took is left as it is.
+
+    Every snapshot's averaged weights are shipped at once: a machine may be taken away. A training that diverges ends here, and what it
+    had before is measured; the reason comes back.
+    """
     missing = {60 * m: where for m, where in snapshots(report, folder).items() if not (where / "raw.json").exists()}
     if not missing:
-        return
+        return None
     with contextlib.closing(train(config, folder, report.data("train"), report.device)) as records:
-        for record in records:      # leaving the loop writes a checkpoint
-            over = record.images >= config.images
-            for mark in [m for m in missing if record.seconds >= m or over]:
-                snapshot(record.state, missing.pop(mark), record.seconds)
-            if not missing:
-                return
-            if time.monotonic() >= report.call_end:
-                raise OutOfTime
+        try:
+            for record in records:      # leaving the loop writes a checkpoint
+                over = record.images >= config.images
+                for mark in [m for m in missing if record.seconds >= m or over]:
+                    where = missing.pop(mark)
+                    snapshot(record.state, where, record.seconds)
+                    ship(report, where / "ema.safetensors", report.out / "weights.safetensors")
+                if not missing:
+                    return None
+                if time.monotonic() >= report.call_end:
+                    raise OutOfTime
+        except TrainingDiverged as error:
+            if len(missing) == len(snapshots(report, folder)):
+                raise                   # nothing to measure
+            print(f"  {error}", flush=True)
+            return in_words(error)
     raise RuntimeError(f"{folder} has seen all its images but lacks {[w.name for w in missing.values()]}; delete it to train again")
 
 
@@ -77,12 +89,12 @@ def model(report):
     "Train for the budget, keep snapshots, measure each of them raw and averaged, then the last one with more samples and churn."
     folder = report.out / "run"
     chosen, config = plan(report, folder)
-    compiling = 0.0
+    compiling, diverged = 0.0, None
     if any(not (where / "raw.json").exists() for where in snapshots(report, folder).values()):
         data = to_device(report.data("train"), report.device)
         config, compiling = can_compile(report, config, data)
-        train_model(report, config, folder)
-    taken = snapshots(report, folder)
+        diverged = train_model(report, config, folder)
+    taken = {m: where for m, where in snapshots(report, folder).items() if (where / "raw.json").exists()}
     last = max(taken)
     weights = ship(report, taken[last] / "ema.safetensors", report.out / "weights.safetensors")
     report.stage_end = time.monotonic() + report.limit("model")
@@ -108,7 +120,7 @@ def model(report):
     spent = dict(training=trained_for, sampling_and_measuring=round(sum(row["seconds"] for row in measured), 1), compiling=compiling)
     floor, reference = report.stats(report.data("test").images.split(500)), report.reference()
     log = folder / "log.jsonl"
-    return dict(config=dataclasses.asdict(config), **chosen, rows=rows, best_churn=best, gpu_seconds=spent, target=dict(gpu_seconds=1200),
+    return dict(config=dataclasses.asdict(config), **chosen, diverged=diverged, rows=rows, best_churn=best, gpu_seconds=spent, target=dict(gpu_seconds=1200),
                 curve=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
                 budget_minutes=report.args.minutes, sample_batch=report.args.sample_batch, steps=18,
                 train_test_floor=stats_distance(floor, reference),

@@ -22,7 +22,7 @@ def sampling(report):
         if device.type == "cuda":
             denoise = denoise.to(memory_format=torch.channels_last)
         model = denoise if cell["variant"] == "eager" else report.fast(denoise, batch)
-        if cell["variant"] == "compiled" and model is denoise:
+        if cell["variant"] == "kernels" and model is denoise:
             raise RuntimeError(report.compile_errors[-1])
 
         def alone():
@@ -36,5 +36,5 @@ def sampling(report):
                     inside_network=calls["median"] / whole["median"],
                     overhead_ms_per_step=1e3 * (whole["median"] - calls["median"]) / steps,
                     seconds_for_50000=50_000 * whole["median"] / batch)
-    return dict(rows=report.rows("sampling", [dict(variant=name, batch=batch) for name in ("compiled", "eager")], measure),
+    return dict(rows=report.rows("sampling", [dict(variant=name, batch=batch) for name in ("kernels", "eager")], measure),
                 target=dict(inside_network=0.95))

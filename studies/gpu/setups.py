@@ -16,7 +16,7 @@ def model_config(report, **changes):
                    "precision": "fp32", "network": dict(arch="ddpmpp", model_channels=8, channel_mult=[1, 1], num_blocks=1,
                                                         attn_resolutions=[], dropout=0.0)}
     else:
-        changes = {"images": 10**9, "log_every": 102_400, "save_every": 0, "augment": 0.0, "xflip": True, **changes}      # by hand
+        changes = {"images": 10**9, "log_every": 102_400, "save_every": 512_000, "augment": 0.0, "xflip": True, **changes}      # by hand
     return dataclasses.replace(PRESETS["cifar10-25min"], grid_every=0, seed=report.args.seed, **changes)
 
 

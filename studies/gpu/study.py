@@ -8,6 +8,7 @@ from studies.gpu.model import trained
 def study(report):
     "Distance against evaluations for solvers and rows, and the churn grid; deterministic runs at equal evaluations."
     denoise, source = trained(report)
+    report.reference()      # before anything is drawn: without the data there is no distance
     denoise, n = report.fast(denoise), 8 if report.toy else report.args.study_samples
     steps = (2, 3) if report.toy else (5, 9, 18, 40)
     levels = dict(EDM=edm_sigmas, VP=vp_sigmas, VE=ve_sigmas, iDDPM=iddpm_sigmas)
