@@ -1,14 +1,10 @@
-"""What chapter 06 shows of photographs, and autoguidance measured on digits; both take longer than a notebook may.
+"""What chapter 06 shows of photographs, which takes longer than a notebook may.
 
-    python studies/guidance.py cifar10 [--n 4]        # results/guidance_cifar10.json and .npz
-    python studies/guidance.py autoguidance           # results/autoguidance_digits.json
+    python studies/guidance.py [--n 4]        # results/guidance_cifar10.json and .npz
 
-Photographs: three measurements of CIFAR-10 test images (a square cut out of the middle, means of 4 x 4 pixels, a blur), each with
+Three measurements of CIFAR-10 test images (a square cut out of the middle, means of 4 x 4 pixels, a blur), each with
 noise of 0.05 on a scale from -1 to 1, sampled by the four methods with the network in results/gpu/weights.safetensors, which is told
 the class. One sample per image. What is measured is kept after every cell, so an interrupted run resumes.
-
-Digits: five networks of 25,600 images, each guided by one of half the width that saw 6,400. The measure is the Fréchet distance in
-pixel space of 1,797 samples with the digits' own labels; its floor is that of 1,797 digits drawn with replacement.
 """
 import argparse
 import functools
@@ -23,15 +19,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from record import RESULTS, hardware, now, versions, write_json  # noqa: E402
 
-from edm_nb.data import cifar10, digits, one_hot, to_float, to_uint8
-from edm_nb.features import feature_stats, pixels, stats_distance
-from edm_nb.generation import generate, load_model, Sampling
-from edm_nb.guidance import METHODS, guided, posterior
-from edm_nb.networks import build_network
+from edm_nb.data import cifar10, one_hot, to_float, to_uint8
+from edm_nb.generation import load_model
+from edm_nb.guidance import METHODS, posterior
 from edm_nb.ode_solvers import edm_sigmas, sample_ode
-from edm_nb.preconditioning import Preconditioned
-from edm_nb.randomness import stream_seed
-from edm_nb.training import lognormal_quantile, train_loop
 
 NOISE, SIDE = 0.05, 32
 WEIGHTS = RESULTS / "gpu/weights.safetensors"
@@ -100,43 +91,11 @@ def photographs(n, steps, iterations, device):
             print(f"{task}, {method}: error {error.mean():.3f}, fit {fit.mean():.2f}, {rows[-1]['seconds']:.0f} s", flush=True)
 
 
-def trained(data, images, width, seed):
-    "A digits network after so many images, its average."
-    net = build_network(dict(arch="tiny", resolution=8, channels=1, label_dim=10, model_channels=width, channel_mult=[1, 3], num_blocks=1),
-                        generator=torch.Generator().manual_seed(stream_seed(seed, "weights")))
-    denoise = Preconditioned(net, sigma_data=0.75).train()
-    for *_, ema in train_loop(denoise, data, functools.partial(lognormal_quantile, P_mean=-0.8), images, seed=seed): pass
-    return ema.copy_to(denoise).eval()
-
-
-def autoguidance(seeds, strengths):
-    "Distance against the strength of guidance, seed by seed."
-    data, rows = digits(), []
-    real = feature_stats(data.images, pixels())
-    for seed in range(seeds):
-        model, guide = trained(data, 25_600, 32, seed), trained(data, 6_400, 16, seed)
-        again = torch.randint(len(data), (len(data),), generator=torch.Generator().manual_seed(seed))
-        floor = stats_distance(feature_stats(data.images[again], pixels()), real)
-        for w in strengths:
-            settings, classes = Sampling(guidance=w), data.labels.tolist()
-            drawn = generate(model, range(len(data)), settings, classes, guide=guide if w else None, batch=256)
-            x = torch.cat([part for _, part, _ in drawn])
-            rows.append(dict(seed=seed, w=w, distance=stats_distance(feature_stats(x, pixels()), real), floor=floor, n=len(data)))
-            print(rows[-1], flush=True)
-        alone = torch.cat([part for _, part, _ in generate(guide, range(len(data)), Sampling(), data.labels.tolist(), batch=256)])
-        rows.append(dict(seed=seed, w=None, distance=stats_distance(feature_stats(alone, pixels()), real), floor=floor, n=len(data)))
-        write_json(RESULTS / "autoguidance_digits.json", dict(rows=rows, model="32 channels, 25,600 images", guide="16 channels, 6,400 images",
-                   sampler="Heun, 18 steps", environment=dict(hardware(), date=now(), **versions())))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("cifar10", "autoguidance"))
     parser.add_argument("--n", type=int, default=4, help="photographs")
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--iterations", type=int, default=3, help="of mmps")
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.stage == "cifar10": photographs(args.n, args.steps, args.iterations, args.device)
-    else: autoguidance(args.seeds, (0.0, 0.25, 0.5, 1.0, 2.0))
+    photographs(args.n, args.steps, args.iterations, args.device)
