@@ -264,3 +264,15 @@ def test_a_denoiser_without_gradient_is_named():
         with pytest.raises(ValueError, match="cannot be differentiated"): T.posterior(blind, A, Y, 0.1, method)(torch.zeros(1, 4), 1.0)
     T.posterior(blind, A, Y, 0.1, "replace")(torch.zeros(1, 4), 1.0)
     with pytest.raises(ValueError, match="sigma must be"): T.posterior(blind, A, Y, 0.1, "replace")(torch.zeros(1, 4), 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", list(T.METHODS))
+def test_a_gpu_gives_what_the_cpu_gives(method):
+    "A, y and noise may lie on the host."
+    prior, host = MixtureDenoiser(normal(3, 4), 0.4), normal(5, 4, seed=3)
+    on_gpu = MixtureDenoiser(normal(3, 4).cuda(), 0.4)
+    M, y = normal(2, 4, seed=1), normal(2, seed=2)
+    ours = sample_ode(T.posterior(on_gpu, M, y, 0.1, method), host.cuda(), edm_sigmas(6))
+    torch.testing.assert_close(ours.cpu(), sample_ode(T.posterior(prior, M, y, 0.1, method), host, edm_sigmas(6)), atol=1e-8, rtol=1e-8)
