@@ -175,6 +175,11 @@ MUTATIONS = [
     Mutation("square images have two equal axes", "arrays", "first = b == c != a", "first = a == c != b", "data"),
     Mutation("classes are bounded", "data", "MAX_CLASSES = 2**16", "MAX_CLASSES = 2**33", "data"),
     Mutation("decoded bytes are bounded", "archives", "2**30 + 256 * size", "2**40 + 256 * size", "data"),
+    # chapter 04: the rows that are younger than the paper
+    Mutation("angle of v-prediction", "training", "(math.pi/2 * (epsilon_t + (1 - 2*epsilon_t) * u)).tan()", "(math.pi/2 * (epsilon_t + (1 - epsilon_t) * u)).sin()", "loss"),
+    Mutation("weight of flow matching", "training", "return (1 + 1/sigma)**2", "return 1 + 1/sigma**2", "loss"),
+    Mutation("weight of v-prediction", "training", "return 1 + sigma**-2", "return sigma**-2", "loss"),
+    Mutation("logit of a time", "training", "lognormal_quantile(u, mean, std).log().sigmoid()", "lognormal_quantile(u, mean, 2*std).log().sigmoid()", "loss"),
     # rooms 41 and 43: what other packages call the same thing
     Mutation("levels of a DDPM pipeline", "interop", "((1 - alphas)/alphas).sqrt().tolist()", "(1 - alphas).sqrt().tolist()", "interop"),
     Mutation("time of a flow pipeline", "interop", 'float(config.get("num_train_timesteps", 1000))', "1.0", "interop"),

@@ -613,8 +613,8 @@ def test_statistics_files_of_other_packages(package, tmp_path):
     ("onnxscript", "edm_nb\\[onnx\\]", lambda tmp: interop.to_onnx(Preconditioned(own_net()), tmp / "x")),
 ])
 def test_a_missing_package_is_named_with_the_line_that_installs_it(package, extra, call, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"{package.split('.')[0]}.*pip install.*|.*{extra}") as found: call(tmp_path)
+    for name in (package, "onnx") if package == "onnxscript" else (package,): monkeypatch.setitem(sys.modules, name, None)     # which, depends on PyTorch
+    with pytest.raises(ImportError, match="this needs") as found: call(tmp_path)
     assert "pip install" in str(found.value) and __import__("re").search(extra, str(found.value))
 
 
