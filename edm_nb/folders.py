@@ -78,7 +78,8 @@ def clear_run(folder:Path) -> None:   # locked by the caller
 
 def foreign(folder:Path) -> list[Path]:   # none: the folder is as good as new
     "What lies in a folder besides the lock and unfinished files of killed processes."
-    ours = {folder/".lock", folder/"wandb"} | {path for name in LEFT for path in folder.glob(name)}
+    ours = {folder/".lock", folder/"wandb"}
+    ours |= {path for name in LEFT for path in folder.glob(name)}
     return sorted(path for path in folder.iterdir() if path not in ours)
 
 def sweep(folder:Path) -> None:   # locked by the caller
