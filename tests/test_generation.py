@@ -210,6 +210,7 @@ DRAWS = {"sample", "sample_ode", "sample_sde", "sample_states", "ode_states", "r
 OTHERS = {   # file: for what it calls a sampler or makes streams itself; everything that is not here calls `generate`
     "edm_nb/generation.py": "this function",
     "edm_nb/widgets.py": "pictures of paths, not images by seed",
+    "edm_nb/measuring.py": "the likelihood's probes and dequantisation, one stream an image; nothing is drawn",
     "benchmarks/explorer.py": "numbers of the explorer's pages",
     "benchmarks/samplers.py": "times the samplers",
     "benchmarks/stochastic.py": "times the samplers and the noise",
@@ -218,6 +219,8 @@ OTHERS = {   # file: for what it calls a sampler or makes streams itself; everyt
     "studies/gpu/correctness.py": "the samplers against float64",
     "studies/gpu/report.py": "the sampler that it hands to `generate`",
     "studies/gpu/sampling.py": "times the sampler",
+    "studies/guidance.py": "one start for all methods, and a denoiser that knows the measurement",
+    "studies/likelihood.py": "dequantisation and probes, one stream an image; nothing is drawn",
     "studies/ladder.py": "its noise is one tensor, so that all rows of a seed share it",
     "studies/precond_study.py": "vectors, not images",
     "studies/solver_study.py": "truncation errors against a fine solution from the same noise; adaptive solver",
