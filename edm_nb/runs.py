@@ -442,7 +442,7 @@ def train(config:TrainConfig,             # what to train
           timeout:float=600,              # seconds; a silent partner then is dead
           overwrite:bool=False,           # delete the run in the folder and start anew
           net:nn.Module|None=None,        # of your own; a copy of it is trained
-          loggers:Iterable=(),            # see room 46
+          loggers:Iterable=(),            # see room 49
          ) -> Iterator[Progress]:         # every `log_every` images; none if finished
     """Train, or continue the folder's run.
 
