@@ -66,12 +66,13 @@ def draw_denoiser(sigma:float=1.4,  # noise level, > 0
 
 # %% ../nbs/40_widgets.ipynb #72415872
 def shares(mixture:MixtureDenoiser,  # on a line: means `[K, 1]`
-           x:Tensor,                 # points `[B]`
-           sigma:float,              # noise level
-          ) -> tuple[Tensor, Tensor]:  # `[B]`, `[B]`
+           x:Tensor,                 # points `[..., B]`
+           sigma:Tensor|float,       # noise level, broadcast against them
+          ) -> tuple[Tensor, Tensor]:  # `[..., B]`, `[..., B]`
     "How much of p(x; sigma) lies below each point, and how much above."
-    std = (mixture.std.to(x)**2 + sigma**2).sqrt()
-    z = (x[:, None] - mixture.means.to(x).flatten()) / std        # [B, K]
+    level = torch.as_tensor(sigma).to(x)[..., None]
+    std = torch.hypot(mixture.std.to(x), level)
+    z = (x[..., None] - mixture.means.to(x).flatten()) / std      # [..., B, K]
     weights = mixture.weights.to(x)
     return torch.special.ndtr(z) @ weights, torch.special.ndtr(-z) @ weights
 
@@ -89,18 +90,16 @@ def exact_path(mixture:MixtureDenoiser,  # on a line: means `[K, 1]`
         raise ValueError("the exact path is known on a line only: the means must be "
                          f"[K, 1], got {tuple(mixture.means.shape)}")
     below, above = shares(mixture, x, sigma)
-    path = []
-    for level in sigmas.tolist():
-        reach = 40 * math.hypot(mixture.std.max().item(), level)
-        low = torch.full_like(x, mixture.means.min().item() - reach)
-        high = torch.full_like(x, mixture.means.max().item() + reach)
-        for _ in range(80):                                      # bisection to rounding
-            mid = (low + high) / 2
-            under, over = shares(mixture, mid, level)
-            right = torch.where(below < above, under > below, over < above)
-            low, high = torch.where(right, low, mid), torch.where(right, mid, high)
-        path.append((low + high) / 2)
-    return torch.stack(path)
+    levels = sigmas.to(x)[:, None]                               # [n, 1]
+    reach = 40 * torch.hypot(mixture.std.max().to(x), levels)
+    low = (mixture.means.min().to(x) - reach).expand(-1, len(x))
+    high = (mixture.means.max().to(x) + reach).expand(-1, len(x))
+    for _ in range(80):                                          # bisection to rounding
+        mid = (low + high) / 2                                   # [n, B]
+        under, over = shares(mixture, mid, levels)
+        right = torch.where(below < above, under > below, over < above)
+        low, high = torch.where(right, low, mid), torch.where(right, mid, high)
+    return (low + high) / 2
 
 # %% ../nbs/40_widgets.ipynb #94139eda
 def picture_schedules() -> dict:   # name → Schedule
