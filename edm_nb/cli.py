@@ -369,7 +369,7 @@ def inpaint(model:Annotated[Path, typer.Argument(help="a checkpoint or a run fol
             classes:option(Optional[str], "--classes",
                            help="what the picture shows, for a conditional "
                                 "model")=None,
-            method:option(str, "--method", help=f"{', '.join(METHODS)}")="mmps",
+            method:option(str, "--method", help="mmps, pgdm, dps, replace")="mmps",
             noise_std:option(Optional[float], "--noise-std", min=1e-4, max=10,
                              help="noise of the picture on the scale -1 to 1; "
                                   "default: it is clean, and what is known "
