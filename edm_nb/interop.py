@@ -20,7 +20,7 @@ from .checkpoints import CheckpointError, fit, read_tensors
 from .data import one_hot
 from .files import usual_mode, write_atomic
 from .features import check_uint8
-from .generation import image_shape, Sampling, wanted_levels
+from .generation import device_of, image_shape, Sampling, wanted_levels
 from .networks import build_network
 from .preconditioning import edm_scalings, Preconditioned
 
@@ -454,13 +454,16 @@ def to_onnx(denoiser:Preconditioned,   # in evaluation mode, on the CPU
     """Write D with its preconditioning as ONNX, for batches of any size.
 
     Inputs `x [B, C, H, W]`, `sigma [B]` and, with classes, `class_labels [B, K]`, all
-    float32; output `D [B, C, H, W]`. Raises ValueError for a network in training mode.
+    float32; output `D [B, C, H, W]`. Raises ValueError for a network in training mode
+    or on another device.
     """
     modern = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)
     needs("onnxscript" if modern else "onnx", "onnx")
     if denoiser.training:
         raise ValueError("the denoiser is in training mode, so its dropout would be "
                          "exported too; call .eval() first")
+    if (device := device_of(denoiser)).type != "cpu":
+        raise ValueError(f"the denoiser is on {device}; call .cpu() first")
     shape = tuple(shape or image_shape(denoiser))
     inputs = dict(x=torch.zeros(2, *shape), sigma=torch.ones(2))
     if label_dim := getattr(denoiser.net, "label_dim", 0):

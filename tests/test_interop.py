@@ -540,6 +540,7 @@ def test_onnx_without_labels_and_not_in_training_mode(tmp_path):
     for needed in ("onnx", "onnxscript"): optional(needed)
     D = Preconditioned(own_net(label_dim=0), vp_scalings)
     with pytest.raises(ValueError, match="eval"): interop.to_onnx(D.train(), tmp_path / "d.onnx")
+    with pytest.raises(ValueError, match="on meta"): interop.to_onnx(Preconditioned(own_net(label_dim=0)).to("meta").eval(), tmp_path / "d.onnx")
     assert not list(tmp_path.iterdir())
     session = runtime.InferenceSession(str(interop.to_onnx(D.eval(), tmp_path / "d.onnx")), providers=["CPUExecutionProvider"])
     found, = session.run(None, dict(x=start().numpy(), sigma=np.full(4, 2.0, np.float32)))
