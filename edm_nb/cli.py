@@ -258,8 +258,9 @@ def train(preset:Annotated[str, typer.Argument(
                     help="learning rate")=None,
           precision:option(Optional[str], "--precision", help="fp32 or bf16")=None,
           compile:option(Optional[str], "--compile",
-                         help="none, blocks or whole: what torch.compile makes a graph "
-                              "of; blocks where CUDA is, otherwise none")=None,
+                         help="none; fused: our own kernels; blocks or whole: what "
+                              "torch.compile makes a graph of. Where CUDA is, "
+                              "fused, otherwise none")=None,
           seed:option(Optional[int], "--seed",
                       help="of weights, data order and noise")=None,
           conditional:option(Optional[bool], "--conditional/--no-conditional",
