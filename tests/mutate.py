@@ -61,6 +61,7 @@ GROUPS = {
     "likelihood": (["tests/test_likelihood.py"], "closed_form or schedule or signs or mean_and_variance or within_three or bits or dequantise"),
     "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
     "interop": (["tests/test_interop.py"], "ddim or flow_matching or unet_is_told or azula or v_denoiser or k_denoiser or other_weights or loop_of_diffusers"),
+    "own": (["tests/test_own_network.py", "tests/test_finetuning.py"], "scale_per_channel or does_not_run or classes_begin"),
 }
 
 MUTATIONS = [
@@ -180,6 +181,10 @@ MUTATIONS = [
     Mutation("weight of flow matching", "training", "return (1 + 1/sigma)**2", "return 1 + 1/sigma**2", "loss"),
     Mutation("weight of v-prediction", "training", "return 1 + sigma**-2", "return sigma**-2", "loss"),
     Mutation("logit of a time", "training", "lognormal_quantile(u, mean, std).log().sigmoid()", "lognormal_quantile(u, mean, 2*std).log().sigmoid()", "loss"),
+    # rooms 42 and 45: networks that the book did not write, weights that it did not train
+    Mutation("own network, scale per channel", "training", "sigma_data = channels.reshape(", "sigma_data = channels.flip(0).reshape(", "own"),
+    Mutation("own network, what may be imported", "own_network", 'table["import"] in names', "table", "own"),
+    Mutation("own network, labels of other classes", "finetuning", "math.sqrt(theirs.shape[1]/own.shape[1])", "(theirs.shape[1]/own.shape[1])", "own"),
     # rooms 41 and 43: what other packages call the same thing
     Mutation("levels of a DDPM pipeline", "interop", "((1 - alphas)/alphas).sqrt().tolist()", "(1 - alphas).sqrt().tolist()", "interop"),
     Mutation("time of a flow pipeline", "interop", 'float(config.get("num_train_timesteps", 1000))', "1.0", "interop"),
