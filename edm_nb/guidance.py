@@ -168,7 +168,7 @@ def mmps(seen:Evidence) -> Tensor:      # what is added to D, `[B, ...]`
 
 METHODS = {"mmps": mmps, "pgdm": pgdm, "dps": dps, "replace": replace}
 FREE = 200       # iterations where one costs no backward pass
-TINY = 1e-300    # keeps 0/0 away where nothing is left to explain
+TINY = 1e-30     # keeps 0/0 away where nothing is left to explain, in float32 too
 
 # %% ../nbs/06_guidance.ipynb #d0332a99
 def check_problem(A:Tensor|tuple, y:Tensor, noise_std:float, method, iterations:int,
@@ -210,8 +210,8 @@ def on_states(A:Tensor|tuple,   # `[m, d]`, or (forward, adjoint)
         raise refusal("y", f"[{B}, m] or [m] for {B} states",
                       f"shape {tuple(y.shape)}")
     if isinstance(A, Tensor):
-        if A.shape[1] != x[0].numel():
-            raise refusal("A", f"[m, d] with d = {x[0].numel()} for states "
+        if A.shape[1] != x.shape[1:].numel():
+            raise refusal("A", f"[m, d] with d = {x.shape[1:].numel()} for "
                           f"{tuple(x.shape[1:])}", f"shape {tuple(A.shape)}")
         matrix, shape = A.to(x), x.shape
         forward = lambda v: v.flatten(1) @ matrix.T
@@ -232,7 +232,7 @@ def on_states(A:Tensor|tuple,   # `[m, d]`, or (forward, adjoint)
                          f"{float(back):.6g}; A must be linear, without an offset")
     return forward, adjoint
 
-# %% ../nbs/06_guidance.ipynb #5516154b
+# %% ../nbs/06_guidance.ipynb #0734d489
 def posterior(denoise:Callable,             # D(x; σ) of the prior
               A:Tensor|tuple,               # `[m, d]` on flattened data, or a pair
               y:Tensor,                     # measurements, `[B, m]` or `[m]`
@@ -270,5 +270,8 @@ def posterior(denoise:Callable,             # D(x; σ) of the prior
         seen = Evidence(y.to(x) - forward(clean), level,
                         level * spread / (level + spread), float(noise_std)**2,
                         forward, adjoint, pull, iterations)
-        return clean + rule(seen)
+        step = rule(seen)
+        size = lambda v: v.norm(dim=1).reshape(-1, *[1]*(x.ndim - 1))       # [B, 1 ...]
+        far = size(forward(step)) / size(seen.residual).clamp(min=TINY)
+        return clean + step / far.clamp(min=1)           # not beyond the measurement
     return denoise_given

@@ -1,6 +1,6 @@
 """What chapter 06 shows of photographs, which takes longer than a notebook may.
 
-    python studies/guidance.py [--n 4]        # results/guidance_cifar10.json and .npz
+    python studies/guidance.py [--n 3]        # results/guidance_cifar10.json and .npz
 
 Three measurements of CIFAR-10 test images (a square cut out of the middle, means of 4 x 4 pixels, a blur), each with
 noise of 0.05 on a scale from -1 to 1, sampled by the four methods with the network in results/gpu/weights.safetensors, which is told
@@ -93,8 +93,8 @@ def photographs(n, steps, iterations, device):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=4, help="photographs")
-    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--n", type=int, default=3, help="photographs")
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--iterations", type=int, default=3, help="of mmps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

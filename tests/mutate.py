@@ -50,7 +50,7 @@ GROUPS = {
     "churn": (["tests/test_stochastic.py"], "equation_6 or gamma or algorithm_2 or x_hat or missing or recursion or naive_loop"),
     "row": (["tests/test_preconditioning.py"], "not compiles and not exports and not in_pieces and not known_scale"),
     "loss": (["tests/test_training.py"], "loss_ or quantiles or ema or ramp"),
-    "guidance": (["tests/test_guidance.py"], "formula or told_any or exact or brute or hand"),
+    "guidance": (["tests/test_guidance.py"], "formula or told_any or exact or brute or hand or beyond"),
     "metrics": (["tests/test_metrics.py"], "closed_form or hand or factors or needs_no_qr or determinant or accepted or sum_of_singular or triangle or "
                                            "noise_on_a_thin or any_split or covariance or merge_is or published_rule or recovers_a_line or kid_ or shares"),
     "augmentation": (["tests/test_augmentation.py"], "signs or moves_the_picture or compose or labels_follow or published_filter or reconstructs"),
@@ -156,6 +156,7 @@ MUTATIONS = [
     Mutation("r², the spread of white data", "guidance", "level * spread / (level + spread)", "level * spread / (level + 1)", "guidance"),
     Mutation("Tweedie's covariance", "guidance", "self.pull(self.adjoint(self.level * u))", "self.pull(self.adjoint(self.level.sqrt() * u))", "guidance"),
     Mutation("noise of the measurement", "guidance", "float(noise_std)**2", "float(noise_std)", "guidance"),
+    Mutation("not beyond the measurement", "guidance", "return clean + step / far.clamp(min=1)", "return clean + step", "guidance"),
     Mutation("weights of the posterior", "guidance", "- 0.5 * torch.logdet(S)", "- torch.logdet(S)", "guidance"),
     # images by seed
     Mutation("levels before the loop", "generation", "if rounding is not None: levels = rounding(levels)", "", "generation"),

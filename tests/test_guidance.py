@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from edm_nb import guidance as T
-from edm_nb.framework import GaussianDenoiser, MixtureDenoiser
-from edm_nb.ode_solvers import edm_sigmas, sample_ode
+from edm_nb.framework import GaussianDenoiser, LINEAR, MixtureDenoiser, vp_schedule
+from edm_nb.ode_solvers import dpmpp_2m, edm_sigmas, euler, sample_ode, vp_sigmas
 from edm_nb.preconditioning import Preconditioned
-from edm_nb.stochastic import Churn, sample
+from edm_nb.stochastic import Churn, sample, sample_sde, song_beta
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -180,7 +180,19 @@ def test_dps_by_hand():
             square = sum(value**2 for value in row)
             v.append(max(std**2, min(square/2, std**2 + sigma**2*sum(b*b for b in back)/square)))
         D = T.posterior(GaussianDenoiser(torch.zeros(3).double(), 0.5), A, y, std, "dps")(x, sigma)
-        torch.testing.assert_close(D, k*x + sigma**2*k*(r/torch.tensor(v)[:, None].double()) @ A)
+        step = sigma**2*k*(r/torch.tensor(v)[:, None].double()) @ A
+        step = step/((step @ A.T).norm(dim=1, keepdim=True)/r.norm(dim=1, keepdim=True)).clamp(min=1)
+        torch.testing.assert_close(D, k*x + step)
+
+
+@pytest.mark.parametrize("method", list(T.METHODS))
+def test_no_correction_goes_beyond_the_measurement(method):
+    "A derivative that is a thousand times too large moves A D at most by the residual."
+    wild = lambda x, sigma: x/2 + (1000*x).sin()
+    A, y, x = normal(3, 6, seed=1), normal(3, seed=2), normal(4, 6, seed=3)
+    D = wild(x, 2.0)
+    moved = (T.posterior(wild, A, y, 0.1, method)(x, 2.0) - D) @ A.T
+    assert (moved.norm(dim=1) <= (y - D @ A.T).norm(dim=1)*(1 + 1e-9)).all() and moved.norm() > 0
 
 
 def test_samples_have_the_exact_mean_and_covariance():
@@ -223,6 +235,22 @@ def test_matrix_and_pair_levels_of_a_batch_and_precision(method):
     assert D32.dtype == torch.float64 and not D32.requires_grad
     torch.testing.assert_close(D32, D, atol=1e-3, rtol=1e-3)
     with torch.inference_mode(): torch.testing.assert_close(T.posterior(prior, M, y, 0.1, method)(x + 0, sigma + 0).clone(), D)
+
+
+@pytest.mark.parametrize("method", list(T.METHODS))
+def test_measurements_without_noise_twice_over_or_of_nothing(method):
+    "A Aᵀ may be singular and σ_y zero, in float32 as well; every sampler and schedule runs it."
+    prior, levels = MixtureDenoiser(normal(5, 4), 0.4), edm_sigmas(12)
+    once = torch.eye(4).double()[:2]
+    for M, y in ((torch.cat([once, once]), torch.tensor([0.3, -0.2]*2).double()), (0*once, torch.tensor([0.3, -0.2]).double())):
+        for dtype in (torch.float64, torch.float32):
+            x = sample_ode(T.posterior(prior, M, y, 0.0, method), normal(20, 4, seed=1), levels, dtype=dtype)
+            assert x.dtype == dtype and x.isfinite().all()
+            if M.any(): assert (x[:, :2] - y[:2]).abs().max() < 0.02
+    denoise = T.posterior(prior, once, y, 0.1, method)
+    sample_sde(denoise, normal(20, 4), edm_sigmas(40), song_beta())
+    for solver, schedule in ((euler, vp_schedule()), (dpmpp_2m, LINEAR)): sample_ode(denoise, normal(20, 4), vp_sigmas(8), schedule, solver)
+    assert denoise(torch.zeros(0, 4).double(), 1.0).shape == (0, 4)
 
 
 def test_the_denoiser_says_what_white_is():
