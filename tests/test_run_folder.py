@@ -181,7 +181,7 @@ def test_an_interrupt_in_an_update_whose_record_is_due_loses_no_record(monkeypat
         done = step(forward, state, batch, world)
         if state.images == 64: signal.raise_signal(signal.SIGINT)
         return done
-    monkeypatch.setattr(runs, "train_step", pressed)
+    monkeypatch.setattr(updates, "train_step", pressed)
     with pytest.raises(KeyboardInterrupt): run_all(tmp_path)
     assert [r["images"] for r in folders.read_log(tmp_path)] == [32, 64]
 

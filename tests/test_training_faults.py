@@ -44,12 +44,12 @@ def same(a, b):
 
 
 STEPS = SCRIPT.replace("for record", """
-step, begun = runs.train_step, []
+step, begun = updates.train_step, []
 def told(*arguments):
     begun.append(1)
     print("step", len(begun), flush=True)
     return step(*arguments)
-runs.train_step = told
+updates.train_step = told
 for record""")
 
 
