@@ -104,7 +104,7 @@ def test_classes_change_the_image(model, tmp_path):
     (["train", "no-such-preset", "--out", "run"], "digits"),
     (["train", "toy", "--out", "run", "--data", "nowhere.zip"], "nowhere.zip"),
     (["train", "toy", "--out", "run", "--precision", "fp8"], "bf16"),
-    (["train", "toy", "--out", "run", "--compile", "yes"], "none, blocks, whole"),
+    (["train", "toy", "--out", "run", "--compile", "yes"], "blocks, whole"),
     (["sample", "MODEL", "--out", "x.jpg"], ".png, .npz, .zip"),
     (["sample", "MODEL", "--out", "x.png", "--seeds", "0-1000000000"], "more than 10,000,000"),
     (["sample", "MODEL", "--out", "x.png", "--seeds", "0-99,4294967296"], "below 4,294,967,296"),
@@ -554,9 +554,9 @@ def test_compile_names_what_becomes_a_graph(tmp_path, monkeypatch):
     from edm_nb import commands
     seen = []
     monkeypatch.setattr(commands, "train", lambda preset, out, given, *more: seen.append(given["compile"]) or {})
-    for more in ([], *(["--compile", word] for word in ("none", "blocks", "whole"))):
+    for more in ([], *(["--compile", word] for word in ("none", "fused", "blocks", "whole"))):
         assert edm_nb("train", "toy", *more, "--out", tmp_path / "run").exit_code == 0
-    assert seen == [None, "none", "blocks", "whole"]
+    assert seen == [None, "none", "fused", "blocks", "whole"]
     assert edm_nb("train", "toy", "--out", tmp_path / "run", "--compile").exit_code == 2      # a flag no longer
 
 
