@@ -57,9 +57,9 @@ def blur(std=1.5):
 TASKS = {"a square is missing": square(), "means of 4 × 4 pixels": blocks(), "blurred": blur()}
 
 
-def photographs(n, steps, iterations, device):
+def photographs(n, steps, iterations, device, out=RESULTS):
     "Every task and method on the same n test images, the first of each class; kept cell by cell."
-    file, store = RESULTS / "guidance_cifar10.json", RESULTS / "guidance_cifar10.npz"
+    file, store = out / "guidance_cifar10.json", out / "guidance_cifar10.npz"
     plan = dict(n=n, steps=steps, NFE=2*steps - 1, iterations=iterations, noise=NOISE, seed=0, weights=str(WEIGHTS.relative_to(RESULTS.parent)),
                 sha256=json.loads(WEIGHTS.with_suffix(".json").read_text())["sha256"])
     old = json.loads(file.read_text()) if file.exists() else {}
@@ -97,5 +97,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--iterations", type=int, default=3, help="of mmps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     args = parser.parse_args()
-    photographs(args.n, args.steps, args.iterations, args.device)
+    photographs(args.n, args.steps, args.iterations, args.device, args.out)

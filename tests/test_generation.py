@@ -223,6 +223,7 @@ OTHERS = {   # file: for what it calls a sampler or makes streams itself; everyt
     "studies/likelihood.py": "dequantisation and probes, one stream an image; nothing is drawn",
     "studies/ladder.py": "its noise is one tensor, so that all rows of a seed share it",
     "studies/precond_study.py": "vectors, not images",
+    "studies/solver_cifar.py": "truncation errors of all methods from the same noise",
     "studies/solver_study.py": "truncation errors against a fine solution from the same noise; adaptive solver",
 }
 
