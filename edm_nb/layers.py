@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOX', 'BINOMIAL', 'xavier', 'kaiming', 'Init', 'Layer', 'Linear', 'filter_kernel', 'halve', 'double', 'Resample',
-           'Conv', 'PyramidConv', 'GroupNorm', 'Positional', 'Fourier']
+           'Conv', 'PyramidConv', 'by_kernels', 'GroupNorm', 'Positional', 'Fourier']
 
 # %% ../nbs/34_layers.ipynb #2fabedbb
 import math
@@ -162,6 +162,10 @@ class PyramidConv(Conv):
         return F.conv2d(x, self.weight, self.bias, stride=2)
 
 # %% ../nbs/34_layers.ipynb #057c5e77
+def by_kernels(layer:nn.Module, x:Tensor) -> bool:   # marked by `updates.compiled`
+    "Whether our kernels take it: marked, on a GPU, and no float64, which they round."
+    return layer.fused and x.is_cuda and x.dtype != torch.float64
+
 class GroupNorm(nn.Module):
     "Normalise channels in groups: at most 32, each of at least 4 channels."
     def __init__(self,
@@ -177,7 +181,7 @@ class GroupNorm(nn.Module):
         self.fused = False      # see `updates.compiled`
 
     def forward(self, x:Tensor) -> Tensor:
-        if self.fused and x.is_cuda:
+        if by_kernels(self, x):
             from edm_nb.kernels import norm_silu
             return norm_silu(x, self, silu=False)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)

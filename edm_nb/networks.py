@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from edm_nb.layers import (
-    BINOMIAL, BOX, Conv, Fourier, GroupNorm, Init, kaiming, Layer, Linear, Positional,
-    PyramidConv, Resample, xavier
+    BINOMIAL, BOX, by_kernels, Conv, Fourier, GroupNorm, Init, kaiming, Layer, Linear,
+    Positional, PyramidConv, Resample, xavier
 )
 
 # %% ../nbs/11_networks.ipynb #736fa145
@@ -88,7 +88,7 @@ class Residual(nn.Module):
         return F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
 
     def forward(self, x:Tensor, emb:Tensor) -> Tensor:
-        if self.fused and x.is_cuda:
+        if by_kernels(self, x):
             from edm_nb.kernels import residual
             return residual(self, x, emb)
         h = self.conv0(F.silu(self.norm0(x)))

@@ -343,7 +343,8 @@ class Captured:
         if self.device.type == "cuda" and self.calls == self.WARMUP: self.record()
         self.dice.manual_seed(stream_seed(config.seed, "step", state.images))
         self.index.copy_(send(self.order.span(state.images, config.batch), self.device))
-        self.numbers.copy_(send(torch.tensor([lr, 1 - beta]), self.device))
+        numbers = torch.tensor([lr, 1 - beta], dtype=torch.float32)
+        self.numbers.copy_(send(numbers, self.device))
         if self.graph is not None:
             self.graph.replay()
             found = self.found
