@@ -135,7 +135,10 @@ def tiling(channels:int,   # C
     return dict(CG=size, GB=max(1, lanes // size), CP=lanes, ROWS=rows, num_warps=warps)
 
 def once() -> None:
-    "RuntimeError where a second derivative is prepared: it would lack these layers."
+    """Refuse a second derivative: it would lack these layers.
+
+    RuntimeError.
+    """
     if torch.is_grad_enabled():      # in a backward pass: create_graph=True
         raise RuntimeError("our kernels have no second derivative; use a denoiser "
                            'that is not compiled as "fused"')
