@@ -148,11 +148,17 @@ def ladder_study(data, rows, n):
         yield dict(study="ladder", row=row), config, lambda config: one_distance(config, data, n)[1]
 
 
-def noise_study(data, n):
-    "C26: EDM's preconditioning and weight with VP's and VE's training noise; the log-normal is row E of the ladder."
-    for row in ("vp", "ve"):
-        config = dataclasses.replace(ROWS["E"], sigma=row, sigma_args={})
-        yield dict(study="noise levels", row=row), config, lambda config: one_distance(config, data, n)[1]
+def noise_study(data, n, marks=(6_400, 12_800, 19_200, 25_600)):
+    "C26 along the training: EDM's preconditioning and weight, and nothing but the distribution of the training noise differs."
+    rows = {"vp": dict(sigma="vp", sigma_args={}), "ve": dict(sigma="ve", sigma_args={}), "lognormal": {},      # row E
+            "lognormal, as published": dict(sigma_args={})}                      # P_mean is not moved to the scale of the digits
+    for row, change in rows.items():
+        def job(config):
+            found = {}
+            for record, denoiser in averages(config, data, marks):
+                found[record.images] = dict(distance=distance(draw(denoiser, data, n, ten_heun_steps(denoiser)), data), loss=record.loss)
+            return dict(marks=found, samples=n)
+        yield dict(study="noise levels", row=row), dataclasses.replace(ROWS["E"], **change), job
 
 
 def leakage_study(data, n):
@@ -207,16 +213,15 @@ def rows_study(data, n):
     for row, config in later_rows(SMALL).items(): yield dict(study="rows", row=row), config, job
 
 
-def crossed_study(data, n, rows):
-    "C30: a network of each row of Table 1, sampled as its authors did, as EDM does, and EDM's also as VP does."
-    ways = {"vp": ("vp", "edm"), "ve": ("ve", "edm"), "iddpm": ("iddpm", "edm"), "edm": ("vp", "edm")}
-    for row in rows:
-        def job(config, row=row):
+def crossed_study(data, n):
+    "C30: a network of each row of Table 1, sampled in each of the four ways at three numbers of evaluations."
+    for row, config in table_1_rows(SMALL).items():
+        def job(config):
             *_, (record, denoiser) = averages(config, data)
-            grid = {name: {nfe: distance(draw(denoiser, data, n, **SAMPLERS[name](nfe)), data) for nfe in EVALUATIONS}
-                    for name in ways[row]}
+            grid = {name: {nfe: distance(draw(denoiser, data, n, **way(nfe)), data) for nfe in EVALUATIONS}
+                    for name, way in SAMPLERS.items()}
             return dict(grid=grid, loss=record.loss, samples=n, range=[denoiser.sigma_min, min(denoiser.sigma_max, 1e9)])
-        yield dict(study="crossed", row=row), table_1_rows(SMALL)[row], job
+        yield dict(study="crossed", row=row), config, job
 
 
 # --- CIFAR-10 at 16 x 16 ------------------------------------------------------------------------------------------
@@ -256,9 +261,8 @@ def digits_studies(n):
     data = digits()
     about = dict(data="digits, 1,797 images of 8 x 8", features="pixels, 64", samples=n, floors=floors(data, n),
                  clean=orientation_and_spread(data.images, data.labels))
-    older = (functools.partial(ladder_study, data, ROWS), *(functools.partial(f, data) for f in (leakage_study, noise_study, ema_study)))
-    crossed = [functools.partial(crossed_study, data, n, rows) for rows in (("vp", "edm"), ("ve", "iddpm"))]
-    return [sigma_study, *crossed, *(functools.partial(study, n) for study in older)], about
+    on_digits = (crossed_study, noise_study, functools.partial(ladder_study, rows=ROWS), ema_study, leakage_study)
+    return [sigma_study, *(functools.partial(study, data, n=n) for study in on_digits)], about
 
 
 def cifar_studies(n):
@@ -274,11 +278,11 @@ def cifar_studies(n):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["digits", "rows", "leak", "cifar16"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, help="fewer samples, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    studies, about = cifar_studies(args.samples or 500) if args.what == "cifar16" else digits_studies(args.samples or 1_797)
+    studies, about = cifar_studies(args.samples or 5_000) if args.what == "cifar16" else digits_studies(args.samples or 1_797)
     if args.what == "leak": studies = [functools.partial(leak_study, digits(), args.samples or 1_797)]
     if args.what == "rows": studies = [functools.partial(rows_study, digits(), args.samples or 1_797)]
     work_through(studies, args.out/f"training_{args.what}.json", about, args.seeds)
