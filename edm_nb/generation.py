@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'SOLVERS', 'MOST_STEPS', 'model_at', 'model_file', 'load_model', 'known_about', 'SamplerRow', 'Sampling',
            'require', 'check_sampling', 'wanted_levels', 'check_levels', 'step_levels', 'algorithm_2',
            'count_evaluations', 'seed_labels', 'check_labels', 'OfficialNoise', 'unused_draws', 'image_shape',
-           'device_of', 'check_seeds', 'with_guide', 'generate', 'start']
+           'device_of', 'check_seeds', 'check_noise', 'with_guide', 'generate', 'start']
 
 # %% ../nbs/23_generation.ipynb #c80f98f3
 import math, torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing import NamedTuple
 from . import checkpoints
-from .checks import check_sigmas, state_dtype
+from .checks import check_sigmas, is_finite, refusal, state_dtype
 from .data import one_hot, to_uint8
 from .framework import LINEAR, Schedule, VE, vp_schedule
 from edm_nb.ode_solvers import (
@@ -346,6 +346,22 @@ def check_seeds(seeds:Iterable[int]) -> list[int]:
         raise ValueError(f"a seed must be an integer in [0, 2^32), got {wrong[0]}")
     return seeds
 
+def check_noise(noise:Tensor,     # given, or returned by a function of the seeds
+                n:int,            # how many seeds it is for
+                shape:tuple,      # of an image
+               ) -> Tensor:       # the same
+    """Refuse first noise that does not fit the images.
+    ValueError unless `[n, *shape]`, floating-point and finite."""
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise refusal("noise", "a floating-point tensor, or a function of the seeds "
+                      "that returns one", kind)
+    if tuple(noise.shape) != (n, *shape):
+        raise refusal("noise", f"{[n, *shape]}, one row for each seed",
+                      list(noise.shape))
+    if not is_finite(noise): raise refusal("noise", "finite", "NaN or infinite values")
+    return noise
+
 def with_guide(denoise:Preconditioned,         # tells shape and labels
                through:Callable,               # what is called for it
                guide:Preconditioned|None,      # the weaker model
@@ -380,7 +396,7 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
              |None=None,         # label vectors `[N, K]` instead of classes
              guide:Preconditioned|None=None,   # weaker model; None: without the label
              batch:int=64,                     # images at a time, see below
-             as_bytes:bool=True,               # False: float32, for latents
+             as_bytes:bool=True,               # False: floats, see below
              official:bool=False,              # streams of the published script
              rank:int=0, world:int=1,          # this process draws every world-th seed
              progress:bool=False,              # a bar, on the first process
@@ -390,11 +406,15 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
              |None=None,            # of an image, if the network does not say
              noise_on:str
              |torch.device="cpu",  # where noise is drawn; CPU: same everywhere
+             noise:Tensor|Callable
+             |None=None,           # the first noise: `[N, ...]`, or seeds -> rows
             ) -> Iterator[tuple[list[int], Tensor, Tensor
                                 |None]]:   # seeds, images, labels
     """Images by seed, a batch at a time: `[b, C, H, W]` on the CPU, labels `[b, K]`.
     The batch does not change an image beyond rounding. A `sampler` is called as
-    `sampler(model, noise, levels, randn_like, **cond)`.
+    `sampler(model, noise, levels, randn_like, **cond)`. `noise` of unit variance, row
+    k for the k-th seed, replaces the first noise only: labels and churn stay the
+    seed's. Floats are float32, or float64 where `noise` is.
     ValueError for all that cannot be drawn, before the first image."""
     seeds, device = check_seeds(seeds), device_of(denoise)
     if batch < 1: raise ValueError(f"batch is {batch}; expected at least 1")
@@ -407,14 +427,22 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
     draw, mine = sampler or algorithm_2(sampling, rounding), seeds[rank::world]
     unused = unused_draws(sampling, levels,
                           rounding) if official and not sampler else []
+    if noise is not None and not callable(noise):
+        noise = check_noise(noise, len(seeds), shape)[rank::world]
     hidden = not progress or rank > 0
     with tqdm(total=len(mine), unit="img", disable=hidden, desc="sampling") as bar:
-        for part in (mine[i:i+batch] for i in range(0, len(mine), batch)):
-            noise, labels, source = start(part, label_dim, shape, classes, vectors,
+        for i in range(0, len(mine), batch):
+            part, dtype = mine[i:i+batch], torch.float32
+            first, labels, source = start(part, label_dim, shape, classes, vectors,
                                           device, noise_on, official, unused)
+            if noise is not None:
+                own = check_noise(noise(part), len(part), shape) if callable(noise) \
+                    else noise[i:i+batch]
+                dtype = torch.promote_types(dtype, own.dtype)
+                first = own.to(first, copy=True)   # a sampler may overwrite it
             cond = {} if labels is None else {"class_labels": labels}
-            x = draw(model, noise, levels, source, **cond)
-            yield part, (to_uint8(x) if as_bytes else x.float()).cpu(), labels
+            x = draw(model, first, levels, source, **cond)
+            yield part, to_uint8(x).cpu() if as_bytes else x.cpu().to(dtype), labels
             bar.update(len(part))
 
 def start(seeds, label_dim, shape, classes, vectors, device, noise_on, official,

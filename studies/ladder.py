@@ -25,33 +25,24 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from record import RESULTS, cores, cpu_name, now, versions, write_json  # noqa: E402
 
 from edm_nb.configs import TrainConfig, ladder, later_rows, table_1_rows  # noqa: E402
-from edm_nb.data import ImageSet, book_images, digits, one_hot, to_float, to_uint8  # noqa: E402
+from edm_nb.data import ImageSet, book_images, digits, to_float  # noqa: E402
 from edm_nb.features import feature_stats, pixels, stats_distance  # noqa: E402
 from edm_nb.framework import LINEAR, VE, vp_schedule  # noqa: E402
+from edm_nb.generation import Sampling, generate  # noqa: E402
 from edm_nb.ode_solvers import edm_sigmas, euler, heun, iddpm_sigmas, sample_ode, ve_sigmas, vp_sigmas  # noqa: E402
-from edm_nb.preconditioning import iddpm_scalings  # noqa: E402
 from edm_nb.runs import shrink, train  # noqa: E402
 from edm_nb.training import EMA, ema_beta, loss_per_sigma  # noqa: E402
 from edm_nb.updates import build_denoiser, ema_denoiser  # noqa: E402
 
 
-def known_levels(denoiser, sigmas):
-    "Step levels as a network knows them: inside its range, rounded to its levels where it has some; the last is 0."
-    levels = sigmas[:-1].clamp(max(denoiser.sigma_min, 1e-9), denoiser.sigma_max)
-    if denoiser.scalings is iddpm_scalings: levels = denoiser.round_sigma(levels)
-    return torch.cat([levels.double().unique().flip(0), sigmas.new_zeros(1)])
-
-
-def draw(denoiser, data, n, sigmas, seed=1000, **sampler):
-    "n samples as uint8, with the labels of the data in their order."
+def draw(denoiser, data, n, sigmas, seed=1000, schedule=LINEAR, solver=heun):
+    "n samples as uint8, with the labels of the data in their order; one noise for all rows of a seed, a state in float32."
     noise = torch.randn(n, *data.images.shape[1:], generator=torch.Generator().manual_seed(seed))
-    sigmas, out = known_levels(denoiser, sigmas), []
-    for part, index in zip(noise.split(500), torch.arange(n).split(500)):
-        labels = one_hot(data.labels[index % len(data)], data.label_dim) if denoiser.net.label_dim else None
-        with torch.no_grad():
-            x = sample_ode(denoiser, part, sigmas, dtype=torch.float32, class_labels=labels, **sampler)
-        out.append(to_uint8(x.float()))
-    return torch.cat(out)
+    def sampler(model, noise, levels, randn_like, **cond):
+        return sample_ode(model, noise, levels, schedule, solver, dtype=torch.float32, **cond)
+    classes = data.labels.tolist() if denoiser.net.label_dim else None
+    drawn = generate(denoiser, range(n), Sampling(levels=tuple(sigmas.tolist())), classes, batch=500, noise=noise, sampler=sampler)
+    return torch.cat([images for _, images, _ in drawn])
 
 
 def ten_heun_steps(denoiser):

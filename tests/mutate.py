@@ -59,7 +59,7 @@ GROUPS = {
     "pickles": (["tests/test_pickles.py"], "paid or budget or colliding"),
     "edm2": (["tests/test_edm2.py"], "not features"),
     "likelihood": (["tests/test_likelihood.py"], "closed_form or schedule or signs or mean_and_variance or within_three or bits or dequantise"),
-    "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any"),
+    "generation": (["tests/test_generation.py"], "own_levels or clamped or evaluations or published_order or told_any or first_noise"),
     "interop": (["tests/test_interop.py"], "ddim or flow_matching or unet_is_told or azula or v_denoiser or k_denoiser or other_weights or loop_of_diffusers"),
     "own": (["tests/test_own_network.py", "tests/test_finetuning.py"], "scale_per_channel or does_not_run or classes_begin"),
 }
@@ -162,6 +162,7 @@ MUTATIONS = [
     Mutation("levels before the loop", "generation", "if rounding is not None: levels = rounding(levels)", "", "generation"),
     Mutation("levels within the range", "generation", "levels[levels > 0].clamp(low, high)", "levels[levels > 0].clamp(low)", "generation"),
     Mutation("draws of steps without churn", "generation", "for _ in range(skipped): self.randn", "for _ in range(0): self.randn", "generation"),
+    Mutation("rows of given noise", "generation", "len(seeds), shape)[rank::world]", "len(seeds), shape)", "generation"),
     Mutation("guidance is counted", "generation", "guided(counter, counter, sampling.guidance)", "guided(counter, lambda x, sigma: x, sampling.guidance)", "generation"),
     # chapter 12: the published augmentations
     Mutation("rotation's sign", "augmentation", "turn(draw.angle) @ stretch", "turn(-draw.angle) @ stretch", "augmentation"),
