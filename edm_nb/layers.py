@@ -183,7 +183,7 @@ class GroupNorm(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         if by_kernels(self, x):
             from edm_nb.kernels import norm_silu
-            return norm_silu(x, self, silu=False)
+            return norm_silu(x, self, silu=False)[0]
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         kind = x.device.type
         if x.is_meta or not torch.is_autocast_enabled(kind):

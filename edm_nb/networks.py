@@ -129,13 +129,18 @@ class Block(Residual):
         self.qkv = Conv(outputs, 3*outputs, 1, style.qkv)
         self.proj = Conv(outputs, outputs, 1, style.last)
 
+    def mixed(self, x:Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)   # [B, HW, C]
+        tokens = attention(tokens, self.qkv.weight.flatten(1), self.qkv.bias, self.heads)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
     def forward(self, x:Tensor, emb:Tensor) -> Tensor:
         x = super().forward(x, emb)
         if not self.heads: return x
-        tokens = self.norm2(x).flatten(2).transpose(1, 2)   # [B, HW, C]
-        mixed = attention(tokens, self.qkv.weight.flatten(1), self.qkv.bias, self.heads)
-        mixed = mixed.transpose(1, 2).unflatten(2, x.shape[2:])
-        return (self.proj(mixed) + x) * self.style.skip_scale
+        if by_kernels(self, x):
+            from edm_nb.kernels import attended
+            return attended(self, x)
+        return (self.proj(self.mixed(self.norm2(x))) + x) * self.style.skip_scale
 
 # %% ../nbs/11_networks.ipynb #a2f4a51a
 @dataclass(frozen=True)

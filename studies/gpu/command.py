@@ -7,6 +7,7 @@ Each stage writes its own file under --out (default results/gpu) as it ends, wit
 has its name. The most valuable first:
 
     kernels       our kernels against float64, a recorded update against a launched one
+    tilings       our norm kernels in every layout, beside PyTorch's
     profile       one update of the 56 M and of the 14 M network: top kernels, launches, host time, gaps
     correctness   networks, gradients, loss, samplers and augmentation on the device against float64 on the CPU
     training      ms and images/s of the paper's 56 M network, from plain fp32 to bf16 + channels-last + compile
@@ -44,10 +45,11 @@ from studies.gpu.report import Report
 from studies.gpu.sampling import sampling
 from studies.gpu.session import bundle, LIMITS, OutOfTime
 from studies.gpu.study import study
+from studies.gpu.tilings import tilings
 from studies.gpu.training import training
 from studies.gpu.trials import TRIALS, trials
 
-STAGES = (kernels, profile, correctness, training, sampling, trials, model, study, artefacts)
+STAGES = (kernels, tilings, profile, correctness, training, sampling, trials, model, study, artefacts)
 
 
 def seconds_of(text):
