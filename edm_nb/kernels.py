@@ -195,14 +195,14 @@ def fit(channels:int,   # C
 def tiling(channels:int,   # C
            groups:int,     # that the channels are split into
            pixels:int,     # HW
-           backward:bool=False,   # which keeps two maps, not one
           ) -> dict:       # constants of the kernels
-    "The layout that was fastest on a GPU for maps of this size."
-    size, rows = channels // groups, triton.next_power_of_2(pixels)
-    lanes = max(16, min(64, LARGEST // rows), triton.next_power_of_2(size))
-    if rows*lanes > LARGEST:                     # read it in parts, and twice
-        return fit(channels, groups, 64, max(16, 4096 // max(64, lanes)), 8)
-    return fit(channels, groups, lanes, rows, 16 if rows*lanes > 8192 else 8)
+    "The layout that was fastest for maps of this size, see below."
+    rows, least = triton.next_power_of_2(pixels), triton.next_power_of_2(channels // groups)
+    lanes = max(16 if rows > 256 else 32, least)
+    if rows*lanes <= LARGEST:
+        return fit(channels, groups, lanes, rows, min(8, max(2, rows*lanes // 2048)))
+    lanes = max(64, least)                       # too large: read in parts, and twice
+    return fit(channels, groups, lanes, max(8, 4096 // lanes), 4)
 
 def sums(of:Tensor,     # `[K, N, C]` float32
         ) -> Tensor:    # `[K, C]`
@@ -232,14 +232,14 @@ class NormSiLU(torch.autograd.Function):
         shift = None if shift is None else shift.contiguous()
         weight, bias = weight.contiguous(), bias.contiguous()
         stride = C if weight.ndim == 2 else 0           # one per image, or for all
-        flags = dict(SHIFT=shift is not None, EXTRA=extra is not None, SILU=silu)
-        tiles = tiling(C, groups, H*W) | flags
+        tiles = tiling(C, groups, H*W)
         grid = (-(-groups // tiles["GB"]), B)
+        tiles |= dict(SHIFT=shift is not None, EXTRA=extra is not None, SILU=silu)
         norm_forward[grid](x, x if shift is None else shift, x if extra is None else extra,
                            weight, bias, y, mean, rstd, stride, eps, C, H*W, **tiles)
         ctx.save_for_backward(x, shift, extra, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.plan = tiling(C, groups, H*W, True) | flags, groups, stride
+        ctx.plan = tiles, grid, stride
         return y, x
 
     @staticmethod
@@ -247,8 +247,8 @@ class NormSiLU(torch.autograd.Function):
         once()
         if dy is None: return more, *[None]*7
         x, shift, extra, weight, bias, mean, rstd = ctx.saved_tensors
-        tiles, groups, stride = ctx.plan
-        (B, C, H, W), grid = x.shape, (-(-groups // tiles["GB"]), len(x))
+        tiles, grid, stride = ctx.plan
+        B, C, H, W = x.shape
         dy = dy.contiguous(memory_format=torch.channels_last)
         if more is not None: more = more.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)

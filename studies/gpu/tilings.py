@@ -25,7 +25,7 @@ def laid_out(layout):
     "Kernels with this layout in place of their own; None: their own."
     before = kernels.tiling
     if layout is not None:
-        kernels.tiling = lambda channels, groups, pixels, backward=False: kernels.fit(channels, groups, *layout)
+        kernels.tiling = lambda channels, groups, pixels: kernels.fit(channels, groups, *layout)
     try:
         yield
     finally:

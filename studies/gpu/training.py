@@ -37,9 +37,9 @@ def training(report):
     data = to_device(report.data("train"), report.device)
     rate = matrix_rate(report.device, 256 if report.toy else 8192)
     line = lambda network, variant, batch=512: dict(network=network, variant=variant, batch=batch)  # noqa: E731
-    cells = [line("14 M", "+ recorded"), line("56 M", "+ recorded"), line("56 M", "+ bf16"), line("14 M", "+ bf16"), line("56 M", "fp32 eager", 256)]
-    cells += [line("56 M", "+ recorded", 256), line("14 M", "+ recorded", 1024), line("14 M", "+ kernels"), line("56 M", "+ kernels")]
-    cells += [line("14 M", "+ recorded", 256), line("14 M", "blocks, recorded"), line("14 M", "blocks")]
+    cells = [line("14 M", "+ recorded"), line("56 M", "+ recorded"), line("14 M", "+ recorded", 1024), line("14 M", "+ recorded", 256)]
+    cells += [line("56 M", "+ bf16"), line("14 M", "+ bf16"), line("56 M", "fp32 eager", 256), line("56 M", "+ recorded", 256), line("14 M", "+ kernels"), line("56 M", "+ kernels")]
+    cells += [line("14 M", "blocks, recorded"), line("14 M", "blocks")]
     if report.toy:
         cells = [line("56 M", name, 8) for name in VARIANTS]
     rows = report.rows("training", cells, lambda cell: one_variant(report, data, rate, **cell))
