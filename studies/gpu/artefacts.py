@@ -26,7 +26,7 @@ def langevin_strip(report, denoise, sigma, S_noise, counts, y, labels):
 def artefacts(report):
     "What a reader looks at: samples, neighbours, Langevin strips."
     denoise, source = trained(report)
-    device, n = report.device, 20 if report.toy else 100
+    device, n = report.device, 20 if report.toy else 100 if report.device.type == "cuda" else 40
     images = torch.cat([x.cpu() for x in report.draw(denoise, n, edm_sigmas(18))])
     save_png(report.out / "samples.png", images, columns=10, scale=2)
     data, k = report.data("train").images, 5

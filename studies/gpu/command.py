@@ -16,13 +16,14 @@ has its name. The most valuable first:
     model         the training itself with its snapshots, the weights, and the Fréchet distance of each
     study         distance against evaluations, the rows of Table 1, the churn grid
     artefacts     sample grid, nearest neighbours, Langevin strips
+    levels        loss against noise level on test photographs, before and after
 
 Time. It says beforehand what it will do and for how long. A stage takes at most four minutes, the training of `model` excepted
 (--minutes): it starts no row for which its time is too short (--limit study=600) and says which rows it left out; `--redo study`
 measures those and keeps the others. A machine that is lent in short calls gets --stop-after SECONDS: the command then ends with exit
 code 3 between two rows, and the same command goes on where it stopped, inside a training too. A stage whose file is there is not run
-again. A stage or row that fails is recorded and the rest still runs; the exit code is 1. `study` and `artefacts` need nothing but
-weights.safetensors, so they may run on another day, on another machine. --bundle FOLDER packs what is to be kept into parts of at
+again. A stage or row that fails is recorded and the rest still runs; the exit code is 1. `study`, `artefacts` and `levels` need
+nothing but weights.safetensors, so they may run on another day, on another machine, and with --device cpu on one without a GPU. --bundle FOLDER packs what is to be kept into parts of at
 most --part-mb each: `cat FOLDER/report.tar.* | tar x`.
 
 The distance is `cifar-features`, never an FID, and the images it is measured against may be JPEG-recoded: it compares with
@@ -39,6 +40,7 @@ from record import ROOT
 from studies.gpu.artefacts import artefacts
 from studies.gpu.correctness import correctness
 from studies.gpu.kernels import kernels
+from studies.gpu.levels import levels
 from studies.gpu.model import model
 from studies.gpu.profiling import profile
 from studies.gpu.report import Report
@@ -49,7 +51,8 @@ from studies.gpu.tilings import tilings
 from studies.gpu.training import training
 from studies.gpu.trials import TRIALS, trials
 
-STAGES = (kernels, tilings, profile, correctness, training, sampling, trials, model, study, artefacts)
+STAGES = (kernels, tilings, profile, correctness, training, sampling, trials, model, study, artefacts, levels)
+ANYWHERE = {"study", "artefacts", "levels"}       # need the weights alone, and may run on a CPU if that is asked for
 
 
 def seconds_of(text):
@@ -77,6 +80,7 @@ def parse(arguments=None):
     parser.add_argument("--samples", type=int, default=50_000, help="samples behind the final distances")
     parser.add_argument("--curve-samples", type=int, default=10_000, help="samples behind every other distance of the model")
     parser.add_argument("--study-samples", type=int, default=5_000, help="samples per cell of the study")
+    parser.add_argument("--level-images", type=int, default=1_000, help="images per noise level and seed of `levels`")
     parser.add_argument("--sample-batch", type=int, default=500)
     parser.add_argument("--search", action="store_true", help="let cuDNN try its algorithms at each new shape: slower to start")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,8 +97,9 @@ def parse(arguments=None):
 def main():
     "Run the stages; 0: all is well, 1: something failed, 3: call again."
     args = parse()
-    if torch.device(args.device).type != "cuda" and not args.toy:
-        sys.exit("studies.gpu: no CUDA device; add --toy to rehearse the same code at toy size on the CPU")
+    if torch.device(args.device).type != "cuda" and not args.toy and not set(args.stages) <= ANYWHERE:
+        sys.exit("studies.gpu: no CUDA device; add --toy to rehearse the same code at toy size on the CPU, or ask for no more than "
+                 f"--stages {' '.join(sorted(ANYWHERE))}")
     torch.backends.cudnn.benchmark = args.search               # all shapes are fixed: cuDNN may try its algorithms once
     torch._dynamo.config.automatic_dynamic_shapes = False      # one graph per shape: a second batch size must not slow the first
     torch._dynamo.config.recompile_limit = 64                  # past the limit code would run eagerly, with no more than a warning

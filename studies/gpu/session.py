@@ -12,7 +12,7 @@ import torch
 from record import gpu_name, hardware, now, versions, write_json
 
 # Seconds that a stage may take: a call is at most four minutes. Of `model` the measuring only, its training is bounded by --minutes.
-LIMITS = dict(kernels=60, tilings=90, profile=240, correctness=60, training=240, sampling=150, trials=240, model=240, study=240, artefacts=150)
+LIMITS = dict(kernels=60, tilings=90, profile=240, correctness=60, training=240, sampling=150, trials=240, model=240, study=240, artefacts=150, levels=60)
 
 
 class OutOfTime(Exception):
