@@ -4,6 +4,8 @@ PYTHON ?= python3
 VERSIONS ?= newest
 BIN := .venv/bin
 STAMP := .venv/.installed
+# None in a source archive.
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
 BENCHMARKS := ideal_denoiser samplers stochastic data networks augmentation metrics training
 
 # Real CIFAR-10 images are used where they are found; set EDM_NB_CIFAR10 to your own copy.
@@ -36,9 +38,10 @@ export: $(STAMP)  ## write edm_nb/ from the notebooks
 tidy: $(STAMP)  ## clean the notebooks' metadata and write edm_nb/ anew; the outputs stay
 	$(BIN)/python book/check.py --fix
 
-check: $(STAMP)  ## what takes seconds: the export is fresh, the notebooks are clean, no name is undefined
+check: $(STAMP)  ## what takes seconds: the export is fresh, the notebooks are clean, no name is undefined, workflows fit their schema
 	$(BIN)/python book/check.py
 	$(BIN)/ruff check -q .
+	$(if $(WORKFLOWS),$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS))
 
 run: $(STAMP)  ## execute the notebooks and keep the outputs in nbs/, cleaned
 	$(BIN)/python book/execute.py --in-place
@@ -62,7 +65,7 @@ test: check browser  ## check the export, execute the notebooks, run pytest
 
 test-fast: check  ## for the inner loop: notebooks that you changed, tests that do not train
 	$(BIN)/python book/execute.py --changed
-	$(BIN)/python -m pytest -q --durations=10 -m 'not slow and not gpu and not training'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m 'not slow and not gpu and not training'
 
 package: $(STAMP)  ## build wheel and source archive, and try the wheel in an empty environment
 	$(BIN)/python -m pytest -q --durations=10 -m slow tests/test_distribution.py

@@ -201,7 +201,7 @@ class Parametrisation:
         sigma = as_sigma(sigma)
         known = {} if self.levels is None else dict(levels=self.levels)
         if not self.takes_sigma_data:
-            return self.scalings(sigma, **self.constants | known)
+            return self.scalings(sigma, **{**self.constants, **known})
         sigma_data = self.sigma_data
         if isinstance(sigma_data, tuple):
             if sigma.ndim > 1: ndim = sigma.ndim

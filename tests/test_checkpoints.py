@@ -394,6 +394,11 @@ def rewritten(file, change):
     config.write_text(json.dumps(change(record) or record))
 
 
+def copies(file):
+    "Tensors that are no longer mapped from the file: the oldest safetensors cuts a file before it has read what is to be written into it."
+    return {name: value.clone() for name, value in checkpoints.read_tensors(file).items()}
+
+
 @pytest.mark.parametrize("change", [
     lambda r: r.update(extra=[]), lambda r: r.update(extra=None), lambda r: r.update(extra={"train_config": {}, "images": 1, "data": "here"}), lambda r: r.update(extra={"train_config": 3}),
     lambda r: r.update(extra={"train_config": {}, "data": {}, "images": "many"}), lambda r: r.update(extra={"train_config": {}, "data": {}, "images": True}), lambda r: r.update(network=[1]), lambda r: r.update(sha256=None),
@@ -443,17 +448,20 @@ def test_pipes_are_no_files(model):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn])
 def test_weights_of_the_wrong_type(model, dtype):
     from safetensors.torch import save_file
-    tensors = checkpoints.read_tensors(model)
+    tensors = copies(model)
     name = sorted(tensors)[3]
     tensors[name] = tensors[name].to(dtype)
-    save_file(tensors, model)
+    try:
+        save_file(tensors, model)
+    except KeyError:
+        pytest.skip(f"this version of safetensors writes no {dtype}")
     rewritten(model, lambda r: r.update(sha256=file_hash(model)))
     refuse(lambda: load(model), "weights are float32|not a whole", "model.safetensors")
 
 
 def test_mixed_precision_and_nan(model):
     from safetensors.torch import save_file
-    sound = checkpoints.read_tensors(model)
+    sound = copies(model)
     name = sorted(sound)[3]
     for value, words in ((sound[name].half(), "parameters of types torch.float16, torch.float32"), (sound[name] * float("nan"), "holds NaN"),
                          (sound[name] / 0, "holds NaN or infinite")):

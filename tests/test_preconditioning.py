@@ -632,7 +632,7 @@ def test_constants_that_give_no_levels(constants):
     (edm_scalings, dict(sigma_data=10**400)), (edm_scalings, dict(sigma_data="half")), (edm_scalings, dict(sigma_data=[0.5, None])),
     (edm_scalings, dict(sigma_min=10**400)), (edm_scalings, dict(sigma_min="0")), (edm_scalings, dict(sigma_max=math.nan)),
     (vp_scalings, dict(beta_d=10**400)), (flow_scalings, dict(time_scale="1000")), (flow_scalings, dict(time_scale=math.nan)),
-    (vp_scalings, dict(M=math.inf))], ids=str)
+    (vp_scalings, dict(M=math.inf))], ids=lambda value: getattr(value, "__name__", str(value)[:40]))
 def test_settings_that_are_no_numbers(row, settings):
     "Untrusted files carry such: each is a ValueError when the denoiser is made, not an error of another kind at its first call."
     with pytest.raises(ValueError):

@@ -73,13 +73,18 @@ def test_the_oldest_versions_are_those_of_settings():
     assert [line.strip() for line in done.stdout.splitlines()] == [line.replace(">=", "==") for line in required]
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_workflows_pass_the_schema(path):
+@pytest.mark.parametrize("wrong", [("timeout-minutes:", "timeout-minute:"), ("runs-on:", "runs-at:"), ("      - uses: actions/checkout@v4\n", "      - {}\n")],
+                         ids=lambda change: change[0].strip("- \n"))
+def test_make_check_sees_a_broken_workflow(tmp_path, wrong):
     if not importlib.util.find_spec("check_jsonschema"):
         pytest.skip("check-jsonschema is not installed")
-    done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", path],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    (options,) = re.findall(r"check-jsonschema (.*?) \$\(WORKFLOWS\)", read("Makefile").split("\ncheck:")[1].split("\n\n")[0])
+    sound = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    assert wrong[0] in sound
+    for text, code in ((sound, 0), (sound.replace(*wrong), 1)):
+        (tmp_path / "test.yml").write_text(text, encoding="utf-8")
+        done = subprocess.run([sys.executable, "-m", "check_jsonschema", *options.split(), tmp_path / "test.yml"], capture_output=True, text=True)
+        assert done.returncode == code, done.stdout
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
@@ -157,3 +162,9 @@ def test_known_trainings_carry_the_marker(request):
     for item in request.session.items:
         if item.name in ("test_two_processes_equal_one", "test_every_stage_at_toy_size", "test_the_example_runs", "test_a_failing_notebook_is_executed_again"):
             assert item.get_closest_marker("training"), item.name
+
+
+def test_names_of_tests_are_the_same_in_every_process(request):
+    "A memory address in a name: nobody can ask for that test, and two processes cannot share the work."
+    for item in request.session.items:
+        assert not re.search(r"\b0x[0-9a-f]{6,}", item.name), item.nodeid
