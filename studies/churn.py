@@ -26,11 +26,12 @@ from edm_nb.checkpoints import load
 from edm_nb.configs import PRESETS
 from edm_nb.data import digits, one_hot, to_float, to_uint8
 from edm_nb.features import feature_stats, pixels, stats_distance
+from edm_nb.generation import generate, Sampling
 from edm_nb.ode_solvers import Flow, edm_sigmas, heun
 from edm_nb.oracles import IdealDenoiser
 from edm_nb.randomness import SeededNoise
 from edm_nb.runs import train
-from edm_nb.stochastic import Churn, churn_gammas, churn_loop, langevin_states, MAX_GAMMA, sample_sde, sample_states, song_beta
+from edm_nb.stochastic import Churn, churn_gammas, churn_loop, langevin_states, MAX_GAMMA, sample, sample_sde, sample_states, song_beta
 from edm_nb.updates import ema_denoiser
 
 
@@ -118,8 +119,7 @@ class Digits:
     "Samples of one denoiser with the data's own labels, measured against the data: as many images as there are, pixel features."
 
     def __init__(self, denoise, seeds, n):
-        self.denoise, self.seeds, self.n, self.data, self.paths = in_pieces(denoise), seeds, n, digits(), {}
-        self.labels = one_hot(self.data.labels[:n], self.data.label_dim)
+        self.denoise, self.seeds, self.n, self.data, self.paths = denoise, seeds, n, digits(), {}
         self.real = feature_stats(self.data, pixels())
 
     def distance(self, images): return float(stats_distance(feature_stats(to_uint8(images), pixels()), self.real))
@@ -129,21 +129,26 @@ class Digits:
         streams = SeededNoise(range(seed*self.n, (seed + 1)*self.n))
         return streams, streams.randn((self.n, *self.data.images.shape[1:]))
 
-    def plain(self, steps, seed, i):
-        "State i of the ODE, kept: a run with churn shares all of it that comes before its first noise."
-        if (steps, seed) not in self.paths:
-            self.paths[steps, seed] = sample_states(self.denoise, self.noise(seed)[1], edm_sigmas(steps), class_labels=self.labels), []
-        states, known = self.paths[steps, seed]
+    def drawn(self, seed, sampling, noise, sampler):
+        "A seed's images in float64, image k with label k, from noise and by a sampler that share the streams of `noise`."
+        (_, images, _), = generate(self.denoise, range(seed*self.n, (seed + 1)*self.n), sampling, self.data.labels[:self.n].tolist(),
+                                   batch=self.n, as_bytes=False, noise=noise, sampler=sampler, through=in_pieces(self.denoise))
+        return images
+
+    def plain(self, name, states, i):
+        "State i of an ODE, kept: a run with churn shares all of it that comes before its first noise."
+        states, known = self.paths.setdefault(name, (states, []))
         while len(known) <= i: known.append(next(states))
         return known[i]
 
     def churned(self, steps, gammas, S_noise, seed):
         first = next((i for i, gamma in enumerate(gammas) if gamma > 0), steps)
-        x, (streams, _) = self.plain(steps, seed, first), self.noise(seed)
-        flow = Flow(self.denoise, class_labels=self.labels)
-        times = flow.prepare(edm_sigmas(steps))
-        for x in churn_loop(flow, x, times[first:], gammas[first:], heun, S_noise=S_noise, randn_like=streams.randn_like): pass
-        return x
+        streams, noise = self.noise(seed)
+        def sampler(model, noise, levels, randn_like, **cond):
+            x, flow = self.plain((steps, seed), sample_states(model, noise, levels, **cond), first), Flow(model, **cond)
+            for x in churn_loop(flow, x, flow.prepare(levels)[first:], gammas[first:], heun, S_noise=S_noise, randn_like=streams.randn_like): pass
+            return x
+        return self.drawn(seed, Sampling(steps), noise, sampler)
 
     def algorithm_2(self, steps, churn):
         gammas = churn_gammas(edm_sigmas(steps), churn)
@@ -158,21 +163,22 @@ class Digits:
         return {"steps": steps, "distances": [self.distance(self.churned(steps, gammas, 1.0, seed)) for seed in self.seeds]}
 
     def euler_maruyama(self, steps):
-        values = []
-        for seed in self.seeds:
+        def images(seed):
             streams, noise = self.noise(seed)
-            values.append(self.distance(sample_sde(self.denoise, noise, edm_sigmas(steps), song_beta(), streams.randn_like, class_labels=self.labels)))
-        return {"steps": steps, "distances": values}
+            def sampler(model, noise, levels, randn_like, **cond):
+                return sample_sde(model, noise, levels, song_beta(), streams.randn_like, **cond)
+            return self.drawn(seed, Sampling(steps), noise, sampler)
+        return {"steps": steps, "distances": [self.distance(images(seed)) for seed in self.seeds]}
 
     def wrong_start(self, steps, churn):
         "All images too bright by 0.3 at sigma = 2, an error that somebody made earlier."
-        sigmas, values = edm_sigmas(steps, 0.002, 2.0), []
-        for seed in self.seeds:
+        def images(seed):
             streams, noise = self.noise(seed)
-            x = (to_float(self.data.images[:self.n]).double() + 0.3)/2.0 + noise
-            *_, x = sample_states(self.denoise, x, sigmas, churn, streams.randn_like, class_labels=self.labels)
-            values.append(self.distance(x))
-        return {"steps": steps, "S_churn": churn.S_churn, "distances": values}
+            start = (to_float(self.data.images[:self.n]).double() + 0.3)/2.0 + noise
+            def sampler(model, noise, levels, randn_like, **cond):
+                return sample(model, noise, levels, churn, streams.randn_like, **cond)
+            return self.drawn(seed, Sampling(steps, sigma_max=2.0), start, sampler)
+        return {"steps": steps, "S_churn": churn.S_churn, "distances": [self.distance(images(seed)) for seed in self.seeds]}
 
     def floor(self):
         "Real images, drawn with replacement within each class, against all of them."
@@ -188,8 +194,9 @@ class Digits:
 
 def early_network(images):
     "The digits network after a tenth of its training: a denoiser with errors that churn could heal."
+    config = dataclasses.replace(PRESETS["digits"], images=images, lr_rampup=min(images, PRESETS["digits"].lr_rampup))
     with torch.enable_grad():
-        for last in train(dataclasses.replace(PRESETS["digits"], images=images), device="cpu"): pass
+        for last in train(config, device="cpu"): pass
     return ema_denoiser(last.state).eval()
 
 

@@ -19,10 +19,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from record import RESULTS, hardware, now, versions, write_json  # noqa: E402
 
-from edm_nb.data import cifar10, one_hot, to_float, to_uint8
-from edm_nb.generation import load_model
+from edm_nb.data import cifar10, to_float, to_uint8
+from edm_nb.generation import Sampling, generate, load_model
 from edm_nb.guidance import METHODS, posterior
-from edm_nb.ode_solvers import edm_sigmas, sample_ode
 
 NOISE, SIDE = 0.05, 32
 WEIGHTS = RESULTS / "gpu/weights.safetensors"
@@ -67,7 +66,7 @@ def photographs(n, steps, iterations, device, out=RESULTS):
     data = cifar10("test")
     classes = [k % 10 for k in range(n)]
     chosen = [int((data.labels == c).nonzero()[k//10]) for k, c in enumerate(classes)]
-    clean, labels = to_float(data.images[chosen]).double().to(device), one_hot(data.labels[chosen], 10).to(device)
+    clean = to_float(data.images[chosen]).double().to(device)
     net = load_model(WEIGHTS, device).float().requires_grad_(False)
     dice = torch.Generator().manual_seed(0)
     start = torch.randn(clean.shape, generator=dice, dtype=torch.float64).to(device)
@@ -80,7 +79,8 @@ def photographs(n, steps, iterations, device, out=RESULTS):
             if any((row["task"], row["method"]) == (task, method) for row in rows): continue
             began, cpu = time.perf_counter(), time.process_time()
             denoise = posterior(net, A, y, NOISE, method, iterations=iterations)
-            x = sample_ode(denoise, start, edm_sigmas(steps), class_labels=labels)
+            (_, x, _), = generate(net, range(n), Sampling(steps), classes, batch=n, as_bytes=False, noise=start, through=denoise)
+            x = x.to(clean)
             error = (x - clean).flatten(1).square().mean(1).sqrt()
             fit = ((y - A[0](x))/NOISE).square().mean(1).sqrt()
             images[f"{task}/{method}"] = to_uint8(x).cpu().numpy()

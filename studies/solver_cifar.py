@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from record import hardware_line, now, RESULTS, versions, write_json
 
 from edm_nb import checkpoints
-from edm_nb.data import one_hot
 from edm_nb.files import file_hash
-from edm_nb.ode_solvers import count_nfe, dpmpp_2m, edm_sigmas, euler, heun, multistep, sample_ode
+from edm_nb.generation import Sampling, generate
+from edm_nb.ode_solvers import count_nfe
 from edm_nb.randomness import SeededNoise
 
-METHODS = {"Euler": euler, "Heun": heun, "multistep 3": multistep(3), "DPM++(2M)": dpmpp_2m}
+METHODS = {"Euler": "euler", "Heun": "heun", "multistep 3": "ab3", "DPM++(2M)": "dpmpp_2m"}
 BUDGETS = (5, 9, 19, 39)        # odd, so that Heun's 2N − 1 meets each exactly
 
 
@@ -34,10 +34,13 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "solver_cifar.json")
     args = parser.parse_args()
     denoise, start = checkpoints.load(args.model).float().eval().to(memory_format=torch.channels_last), time.process_time()
-    noise = SeededNoise(range(args.images)).randn([args.images, 3, 32, 32])
-    labels = one_hot(torch.arange(args.images) % 10, 10)
-    run = lambda model, steps, solver: sample_ode(model, noise.double(), edm_sigmas(steps), solver=solver, class_labels=labels)  # noqa: E731
-    exact, half = run(denoise, args.exact, heun), run(denoise, args.exact // 2, heun)
+    def first_noise(seeds):
+        return SeededNoise(seeds).randn([len(seeds), 3, 32, 32])
+    def run(through, steps, solver="heun"):
+        (_, x, _), = generate(denoise, range(args.images), Sampling(steps, solver=solver), range(10), batch=args.images, as_bytes=False,
+                              noise=first_noise, through=through)
+        return x
+    exact, half = run(denoise, args.exact), run(denoise, args.exact // 2)
     error = lambda x: (x - exact).flatten(1).square().mean(1).sqrt().tolist()  # noqa: E731
     record = dict(about=__doc__.splitlines()[0], model=args.model.name, model_sha256=file_hash(args.model), n=args.images, seeds=list(range(args.images)),
                   reference=f"{args.exact} Heun steps", reference_error=[e / 3 for e in error(half)], rows=[],

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from record import RESULTS, hardware, now, versions, write_json  # noqa: E402
 
 from edm_nb import checkpoints, features, files  # noqa: E402
-from edm_nb.data import digits, to_float, to_uint8  # noqa: E402
+from edm_nb.data import digits, one_hot, to_float, to_uint8  # noqa: E402
 from edm_nb.framework import LINEAR, VE, vp_schedule  # noqa: E402
+from edm_nb.generation import Sampling, generate  # noqa: E402
 from edm_nb.ode_solvers import (Flow, count_nfe, dpmpp_2m, dpmpp_2m_sde, edm_sigmas, euler, heun,  # noqa: E402
                                 iddpm_sigmas, invert_ode, multistep, rk2, rk45, sample_ode, ve_sigmas, vp_sigmas)
 
@@ -61,28 +62,33 @@ class TooMany(RuntimeError):
     "The adaptive solver used up its evaluations."
 
 
-def in_chunks(solve, noise, cond):
-    "Run a sampler piece by piece: a batch that fits the cache is twice as fast."
-    pieces = range(0, len(noise), CHUNK)
-    return torch.cat([solve(noise[i:i+CHUNK], {k: v[i:i+CHUNK] for k, v in cond.items()}) for i in pieces])
+def draw(denoise, noise, labels, sigmas, method=sample_ode, batch=CHUNK, through=None, **options):
+    "Float64 samples from noise that all methods share, a piece at a time: a batch that fits the cache is twice as fast."
+    def sampler(model, noise, levels, randn_like, **cond):
+        return method(model, noise, levels, **options, **cond)
+    drawn = generate(denoise, range(len(noise)), Sampling(levels=tuple(sigmas.tolist())), labels.tolist(), batch=batch, as_bytes=False,
+                     noise=noise, sampler=sampler, through=through)
+    return torch.cat([images for _, images, _ in drawn])
 
 
-def one_method(denoise, noise, cond, sigmas, schedule, solver):
+def one_method(denoise, noise, labels, sigmas, schedule, solver):
     "Samples, and evaluations per sample."
     counter = count_nfe(denoise)
-    x = in_chunks(lambda z, c: sample_ode(counter, z, sigmas, schedule, solver, **c), noise, cond)
+    x = draw(denoise, noise, labels, sigmas, through=counter, schedule=schedule, solver=solver)
     return x, counter.nfe // -(-len(noise) // CHUNK)
 
 
-def one_rk45(denoise, noise, cond, tolerance):
+def one_rk45(denoise, noise, labels, tolerance):
     "The whole batch shares its adaptive steps; None where they would exceed the cap."
-    counter = count_nfe(denoise)
-    def call(x, sigma, **c):
-        if counter.nfe >= RK45_CAP: raise TooMany
-        counter.nfe += 1
-        return in_chunks(lambda part, cc: denoise(part, sigma, **cc), x, c)
-    try: return rk45(call, noise, edm_sigmas(18), rtol=tolerance, atol=tolerance, **cond), counter.nfe
-    except TooMany: return None, counter.nfe
+    nfe = 0
+    def capped(x, sigma, class_labels):
+        nonlocal nfe
+        if nfe >= RK45_CAP: raise TooMany
+        nfe += 1
+        return torch.cat([denoise(part, sigma, class_labels=told) for part, told in zip(x.split(CHUNK), class_labels.split(CHUNK), strict=True)])
+    try: x = draw(denoise, noise, labels, edm_sigmas(18), rk45, len(noise), capped, rtol=tolerance, atol=tolerance)
+    except TooMany: x = None
+    return x, nfe
 
 
 class Distance:
@@ -110,38 +116,38 @@ def real_draws(data, generator):
     return data.images[index]
 
 
+def shared_noise(data, seed, n):
+    "The noise of a seed, from which all methods start."
+    return torch.randn(n, *data.images.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def study_methods(denoise, batch, data, seed, n, distance, n_error, done):
     "Yields one record per method and step count that is not in `done`."
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n, *data.images.shape[1:], generator=generator, dtype=torch.float64)
-    cond = dict(class_labels=torch.nn.functional.one_hot(data.labels[:n], denoise.net.label_dim).float())
-    part, exact = {k: v[:n_error] for k, v in cond.items()}, {}
+    noise, labels, exact = shared_noise(data, seed, n), data.labels[:n], {}
     def error(name, x):
         if not n_error: return None
         row = name if name in ROWS else "EDM"
         if row not in exact:
             fine = edm_sigmas(96, sigma_min=1e-3, sigma_max=ROWS[row][0](2)[0].item())
-            exact[row] = sample_ode(denoise, noise[:n_error], fine, **part)
+            exact[row] = draw(denoise, noise[:n_error], labels[:n_error], fine)
         return rms(x[:n_error] - exact[row])
     for name, levels, schedule, solver, steps in batch:
         if (name, seed, steps) in done: continue
-        x, nfe = one_method(denoise, noise, cond, levels(steps), schedule, solver(seed))
+        x, nfe = one_method(denoise, noise, labels, levels(steps), schedule, solver(seed))
         yield dict(method=name, seed=seed, nfe=nfe, **distance.both(x), error=error(name, x), steps=steps)
 
 
 def study_rk45(denoise, data, seed, n, distance, done):
     "The adaptive comparator, once per seed."
     if ("RK45", seed, RK45_TOLERANCE) in done: return
-    noise = torch.randn(n, *data.images.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    cond = dict(class_labels=torch.nn.functional.one_hot(data.labels[:n], denoise.net.label_dim).float())
-    x, nfe = one_rk45(denoise, noise, cond, RK45_TOLERANCE)
+    x, nfe = one_rk45(denoise, shared_noise(data, seed, n), data.labels[:n], RK45_TOLERANCE)
     found = dict(distance=None, half=None) if x is None else distance.both(x)
     yield dict(method="RK45", seed=seed, nfe=nfe, **found, error=None, tolerance=RK45_TOLERANCE)
 
 
-def study_local_error(denoise, noise, cond, steps=18, rhos=(1, 3, 5, 7)):
+def study_local_error(denoise, noise, labels, steps=18, rhos=(1, 3, 5, 7)):
     "Local error of Heun per step and rho; the exact end of a step comes from 4 small Heun steps, even in sigma^(1/7)."
-    flow, out = Flow(denoise, **cond), {}
+    flow, out = Flow(denoise, class_labels=one_hot(labels, denoise.net.label_dim)), {}
     for rho in rhos:
         times, x, errors = edm_sigmas(steps, rho=rho)[:-1].tolist(), noise*80, []
         for t, t_next in zip(times, times[1:]):
@@ -154,22 +160,23 @@ def study_local_error(denoise, noise, cond, steps=18, rhos=(1, 3, 5, 7)):
     return out
 
 
-def study_final_error(denoise, noise, cond, rhos=(1, 2, 3, 5, 7, 10, 15), counts=(9, 18), alphas=(0.3, 0.4, 0.5, 2/3, 0.85, 1.0)):
+def study_final_error(denoise, noise, labels, rhos=(1, 2, 3, 5, 7, 10, 15), counts=(9, 18), alphas=(0.3, 0.4, 0.5, 2/3, 0.85, 1.0)):
     "Truncation error of the finished samples against rho and against alpha, per sample: the chapter forms paired differences."
-    exact = sample_ode(denoise, noise, edm_sigmas(96, sigma_min=1e-3), **cond)
+    exact = draw(denoise, noise, labels, edm_sigmas(96, sigma_min=1e-3))
     def error(sigmas, solver=heun):
-        x = sample_ode(denoise, noise, sigmas, solver=solver, **cond)
+        x = draw(denoise, noise, labels, sigmas, solver=solver)
         return (x - exact).flatten(1).square().mean(1).sqrt().tolist()
     return dict(rho=dict(rhos=list(rhos), errors={str(k): [error(edm_sigmas(k, rho=r)) for r in rhos] for k in counts}),
                 alpha=dict(alphas=list(alphas), errors={str(k): [error(edm_sigmas(k), rk2(a)) for a in alphas] for k in counts}))
 
 
-def study_inversion(denoise, images, cond, counts=(6, 9, 18, 36)):
+def study_inversion(denoise, images, labels, counts=(6, 9, 18, 36)):
     "Round-trip error of real digits, per step count."
+    told = one_hot(labels, denoise.net.label_dim)
     def trip(steps, solver):
         sigmas = edm_sigmas(steps)
-        latent = invert_ode(denoise, images, sigmas, solver=solver, **cond)
-        return rms(sample_ode(denoise, latent, sigmas, solver=solver, **cond) - images)
+        latent = invert_ode(denoise, images, sigmas, solver=solver, class_labels=told)
+        return rms(draw(denoise, latent, labels, sigmas, solver=solver) - images)
     return dict(steps=list(counts), Heun=[trip(k, heun) for k in counts], Euler=[trip(k, euler) for k in counts])
 
 
@@ -178,9 +185,9 @@ def small_studies(denoise, data, images):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images, *data.images.shape[1:], generator=generator, dtype=torch.float64)
     chosen = torch.randperm(len(data), generator=generator)[:images]
-    cond = dict(class_labels=torch.nn.functional.one_hot(data.labels[chosen], denoise.net.label_dim).float())
-    return dict(local_error=study_local_error(denoise, noise, cond), final_error=study_final_error(denoise, noise, cond),
-                inversion=study_inversion(denoise, to_float(data.images[chosen]).double(), cond), images=images)
+    labels = data.labels[chosen]
+    return dict(local_error=study_local_error(denoise, noise, labels), final_error=study_final_error(denoise, noise, labels),
+                inversion=study_inversion(denoise, to_float(data.images[chosen]).double(), labels), images=images)
 
 
 @torch.no_grad()

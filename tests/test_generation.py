@@ -267,15 +267,11 @@ OTHERS = {   # file: for what it calls a sampler or makes streams itself; everyt
     "edm_nb/measuring.py": "the likelihood's probes and dequantisation, one stream an image; nothing is drawn",
     "benchmarks/samplers.py": "times the samplers",
     "benchmarks/stochastic.py": "times the samplers and the noise",
-    "studies/churn.py": "Langevin iterations from real images; Euler-Maruyama with the same streams",
+    "studies/churn.py": "Langevin iterations from real images; streams that begin with the noise, and a path that several samplers share",
     "studies/gpu/artefacts.py": "Langevin iterations from real images",
     "studies/gpu/correctness.py": "the samplers against float64",
     "studies/gpu/sampling.py": "times the sampler",
-    "studies/guidance.py": "one start for all methods, and a denoiser that knows the measurement",
     "studies/likelihood.py": "dequantisation and probes, one stream an image; nothing is drawn",
-    "studies/precond_study.py": "vectors, not images",
-    "studies/solver_cifar.py": "truncation errors of all methods from the same noise",
-    "studies/solver_study.py": "truncation errors against a fine solution from the same noise; adaptive solver",
 }
 
 
@@ -318,4 +314,4 @@ def test_the_callers_of_generate_are_known():
     callers = {name for name, tree in scripts() for n in ast.walk(tree) if isinstance(n, ast.Call)
                and "generate" in (getattr(n.func, "id", ""), *(getattr(a, "id", "") for a in n.args))}
     assert {"edm_nb/commands.py", "edm_nb/measuring.py", "edm_nb/folders.py", "edm_nb/inpainting.py", "studies/gpu/report.py", "studies/digits_model.py",
-            "studies/ladder.py"} <= callers, callers
+            "studies/ladder.py", "studies/churn.py", "studies/guidance.py", "studies/precond_study.py", "studies/solver_cifar.py", "studies/solver_study.py"} <= callers, callers

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edm_nb.data import one_hot
 from edm_nb.framework import LINEAR, VE, GaussianDenoiser, MixtureDenoiser, ode_derivative, score, vp_schedule
 from edm_nb.ode_solvers import Flow, edm_sigmas, euler, heun, iddpm_sigmas, multistep, rk2, sample_ode
 from edm_nb.stochastic import (
@@ -661,25 +663,28 @@ def study():
     sys.path[:] = before
 
 
-def shrinking_digits(x, sigma, class_labels=None):
+class ShrinkingDigits:
     "A denoiser of the digits' shape whose answer depends on the label, one image at a time."
-    return (0.8*x + sigma**2*class_labels.double().argmax(1).view(-1, 1, 1, 1)/10) / (1 + sigma**2)
+    net = SimpleNamespace(channels=1, resolution=8, label_dim=10)
+
+    def __call__(self, x, sigma, class_labels=None):
+        return (0.8*x + sigma**2*class_labels.double().argmax(1).view(-1, 1, 1, 1)/10) / (1 + sigma**2)
 
 
 def test_study_shares_the_path_before_the_first_noise_and_nothing_else(study):
     "A run that starts from the kept states of the ODE is the run of `sample`, whatever was measured before it."
-    digits = study.Digits(shrinking_digits, [0, 1], 40)
+    digits, labels = study.Digits(ShrinkingDigits(), [0, 1], 40), one_hot(study.digits().labels[:40], 10)
     for churn in (Churn(4, 0.05, 1.0), Churn(4, 0.05, 1.0, 1.02), Churn(), Churn(3, 0.1)):
         for seed in (1, 0):
             streams = SeededNoise(range(seed*40, (seed + 1)*40))
             noise = streams.randn((40, 1, 8, 8))
-            expected = sample(shrinking_digits, noise, edm_sigmas(9), churn, streams.randn_like, class_labels=digits.labels)
+            expected = sample(ShrinkingDigits(), noise, edm_sigmas(9), churn, streams.randn_like, class_labels=labels)
             got = digits.churned(9, churn_gammas(edm_sigmas(9), churn), churn.S_noise, seed)
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_study_distances_see_what_they_should(study):
-    digits = study.Digits(shrinking_digits, [0, 1], 1797)
+    digits = study.Digits(ShrinkingDigits(), [0, 1], 1797)
     data = study.to_float(digits.data.images).double()
     assert digits.distance(data) < 1e-9 < 0.01 < digits.distance(0.9*data)
     assert all(0.01 < value < 0.2 for value in digits.floor()["distances"])       # sampling error alone
