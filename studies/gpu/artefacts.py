@@ -11,6 +11,17 @@ from studies.gpu.model import trained
 from studies.gpu.report import tf32
 
 
+CELLS = [(0.2, 1.0), (0.8, 1.0), (0.2, 1.007), (0.05, 1.0), (0.8, 1.007), (0.05, 1.007), (2.0, 1.0), (2.0, 1.007)]
+
+
+def per_image(D):
+    "What stirring may change, a number per image: detail, contrast, extreme values and brightness, as `studies/churn.py` has them for digits."
+    across, down = (D[..., 1:] - D[..., :-1]).flatten(1), (D[..., 1:, :] - D[..., :-1, :]).flatten(1)
+    found = dict(detail=(across.square().mean(1) + down.square().mean(1)) / 2, contrast=D.flatten(1).std(1),
+                 extremes=(D.flatten(1).abs() > 0.95).double().mean(1), brightness=D.flatten(1).mean(1))
+    return {name: [round(float(v), 6) for v in values] for name, values in found.items()}
+
+
 def langevin_strip(report, denoise, sigma, S_noise, counts, y, labels):
     "Denoised states of the Langevin loop: one row of images per real image, one column per count."
     noise = SeededNoise(range(len(y)))
@@ -19,7 +30,7 @@ def langevin_strip(report, denoise, sigma, S_noise, counts, y, labels):
         with torch.no_grad():
             D = denoise(state, sigma, class_labels=labels)
         rows.append(to_uint8(D).cpu())
-        points.append(dict(iteration=count, mean=float(D.mean()), std=float(D.std()), beyond=float((D.abs() > 1.02).double().mean())))
+        points.append(dict(iteration=count, mean=float(D.mean()), std=float(D.std()), beyond=float((D.abs() > 1.02).double().mean()), per_image=per_image(D)))
     return torch.stack(rows, 1).flatten(0, 1), points      # [images × counts, C, H, W]
 
 
@@ -35,7 +46,7 @@ def artefacts(report):
         far, nearest = nearest_neighbours(features(images[:10]), features(data), k=k)
     sheet = torch.cat([torch.cat([image[None], data[index]]) for image, index in zip(images, nearest)])
     save_png(report.out / "neighbours.png", sheet, columns=1 + k, scale=2)
-    counts, few = ([0, 1, 2], 2) if report.toy else ([0, 10, 100, 300], 4)
+    counts, few = ([0, 1, 2], 2) if report.toy else ([0, 10, 30, 100, 300], 8)
     y, labels = to_float(data[:few]).to(device), one_hot(report.data("train").labels[:few], 10).to(device)
 
     def measure(cell):
@@ -44,6 +55,6 @@ def artefacts(report):
         file = f"langevin-{cell['sigma']:g}-{cell['S_noise']:g}.png"
         save_png(report.out / file, strip, columns=len(counts), scale=2)
         return dict(file=file, points=points, n=few)
-    rows = report.rows("artefacts", [dict(sigma=sigma, S_noise=S) for sigma in (0.2, 0.05, 0.8, 2.0) for S in (1.0, 1.007)], measure)
+    rows = report.rows("artefacts", [dict(sigma=sigma, S_noise=S) for sigma, S in CELLS], measure)
     return dict(rows=rows, images=n, weights=source, columns=dict(samples=10, neighbours=1 + k), langevin_counts=counts,
                 neighbour_distances=far.tolist(), **report.measured_against(), parameters=sum(p.numel() for p in denoise.parameters()))
