@@ -1,6 +1,7 @@
 """Images by seed: the levels, the evaluations and the numbers behind them, checked against loops written from Algorithm 2."""
 import ast
 import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from edm_nb import generation as G
+from edm_nb.data import digits, one_hot, to_uint8
 from edm_nb.networks import tiny
-from edm_nb.ode_solvers import edm_sigmas
+from edm_nb.ode_solvers import count_nfe, edm_sigmas, sample_ode
 from edm_nb.preconditioning import Preconditioned, iddpm_scalings, ve_scalings, vp_scalings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,6 +309,47 @@ def test_nobody_else_draws_images_by_seed():
     "A second loop over seeds is where a wrong sampler would live; a new caller of a sampler has to say why, and a reason goes with its caller."
     found = {name for name, tree in scripts() if drawing_calls(tree)}
     assert found == set(OTHERS), sorted(found ^ set(OTHERS))
+
+
+def study(name, monkeypatch):
+    "A script of studies/ as a module."
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location(f"{name}_study", ROOT / "studies" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def test_the_ladder_draws_from_the_noise_that_its_numbers_came_from(monkeypatch):
+    "One tensor for all networks of a seed, labels in the order of the data, a float32 state, levels that the network knows."
+    ladder, data = study("ladder", monkeypatch), digits()
+    noise, labels = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1000)), one_hot(data.labels[:40], 10)
+    known = torch.tensor(iddpm_known(), dtype=torch.float64)
+    for denoise, way in ((network(), "edm"), (network(label_dim=0), "vp"), (network(scalings=iddpm_scalings), "ve"), (network(scalings=ve_scalings), "vp")):
+        given = ladder.SAMPLERS[way](9)
+        levels = given["sigmas"][:-1].clamp(denoise.sigma_min, denoise.sigma_max)
+        if denoise.levels is not None: levels = torch.stack([known[(known - sigma).abs().argmin()] for sigma in levels])
+        levels = torch.cat([levels.unique().flip(0), levels.new_zeros(1)])
+        cond = {"class_labels": labels} if denoise.net.label_dim else {}
+        expected = to_uint8(sample_ode(denoise, noise, levels, given["schedule"], given["solver"], dtype=torch.float32, **cond))
+        seen = set()
+        denoise.register_forward_pre_hook(lambda _, arguments: seen.add(arguments[0].dtype))  # noqa: B023
+        assert (ladder.draw(denoise, data, 40, **given).int() - expected.int()).abs().max() <= (denoise.levels is not None)   # u_j by another sum
+        assert seen == {torch.float32}
+
+
+@torch.no_grad()
+def test_the_solver_study_draws_from_the_noise_that_its_numbers_came_from(monkeypatch):
+    solvers, denoise, data = study("solver_study", monkeypatch), network(), digits()
+    noise = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.equal(solvers.shared_noise(data, 3, 12), noise)
+    first, *_, last = solvers.batches()[1:]
+    for _, levels, schedule, solver, steps in (*first, last[-1]):
+        x, nfe = solvers.one_method(denoise, noise, data.labels[:12], levels(steps), schedule, solver(3))
+        counter = count_nfe(denoise)
+        expected = sample_ode(counter, noise, levels(steps), schedule, solver(3), class_labels=one_hot(data.labels[:12], 10))
+        assert x.dtype == torch.float64 and torch.equal(x, expected) and nfe == counter.nfe
 
 
 def test_the_callers_of_generate_are_known():

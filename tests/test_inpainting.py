@@ -19,13 +19,18 @@ from edm_nb.preconditioning import Preconditioned
 def edm_nb(*arguments): return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
+def digit_and_mask(folder):
+    "A three, and a mask of its lower half."
+    Image.fromarray(digits().images[13, 0].numpy()).save(folder / "digit.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[4:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+
+
 @pytest.fixture
 def place(tmp_path):
     "A digit, a mask of its lower half, an unconditional and a conditional network without training."
-    Image.fromarray(digits().images[13, 0].numpy()).save(tmp_path / "digit.png")
-    mask = np.zeros((8, 8), np.uint8)
-    mask[4:] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
+    digit_and_mask(tmp_path)
     for name, labels in (("plain", 0), ("labelled", 10)):
         net = tiny(resolution=8, channels=1, model_channels=8, channel_mult=[1, 2], num_blocks=1, label_dim=labels, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -101,10 +106,7 @@ def test_the_mask_is_an_operator_with_its_adjoint():
 
 def test_a_trained_network_continues_the_strokes(tmp_path):
     "The misfit before the known pixels are put back is small, and the painted half resembles the digit more than another does."
-    Image.fromarray(digits().images[13, 0].numpy()).save(tmp_path / "digit.png")
-    mask = np.zeros((8, 8), np.uint8)
-    mask[4:] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
+    digit_and_mask(tmp_path)
     found = inpaint("results/models/digits.safetensors", tmp_path / "digit.png", tmp_path / "mask.png", tmp_path / "a.npz", list(range(8)), Sampling(), classes=[3], device="cpu")
     assert found["misfit"] < 0.05
     with np.load(tmp_path / "a.npz") as file: drawn = file["images"].astype(float)

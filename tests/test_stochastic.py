@@ -694,6 +694,12 @@ def test_study_distances_see_what_they_should(study):
     assert abs(study.energy_distance(a, b)) < 0.01 < study.energy_distance(a, b + 0.2)
 
 
+def test_study_stops_its_training_as_early_as_it_is_told(study):
+    "A look at toy sizes is shorter than the preset's warm-up; the network that was measured had all of it."
+    assert not study.early_network(64).training
+    assert study.PRESETS["digits"].lr_rampup <= 40_000
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_seed_gives_the_same_image_on_a_gpu():
