@@ -416,6 +416,10 @@ def generate(denoise:Preconditioned,           # the model, in eval mode
     k for the k-th seed, replaces the first noise only: labels and churn stay the
     seed's. Floats are float32, or float64 where `noise` is.
     ValueError for all that cannot be drawn, before the first image."""
+    if not hasattr(denoise, "net"):
+        raise refusal("denoise", "a model with its network, such as Preconditioned",
+                      type(denoise).__name__, "a function that is called in its "
+                      "place is given as through=")
     seeds, device = check_seeds(seeds), device_of(denoise)
     if batch < 1: raise ValueError(f"batch is {batch}; expected at least 1")
     label_dim = getattr(denoise.net, "label_dim", 0) or 0

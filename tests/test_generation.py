@@ -246,6 +246,10 @@ def test_what_cannot_be_drawn_is_refused_before_the_first_image(seeds, more):
     with pytest.raises(ValueError): next(G.generate(network(), [0, *seeds], G.Sampling(2), **{"batch": 1} | more))
 
 
+def test_a_bare_function_is_told_where_it_belongs():
+    with pytest.raises(ValueError, match="denoise must be a model.*got function.*through="): next(G.generate(lambda x, sigma: x, [1]))
+
+
 def test_settings_describe_themselves():
     assert G.Sampling().describe() == {"row": "edm", "solver": "heun", "steps": 18}
     assert G.Sampling(row="vp", S_churn=3.0).describe() == {"row": "vp", "solver": "euler", "steps": 18, "S_churn": 3.0}
