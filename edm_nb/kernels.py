@@ -142,7 +142,8 @@ def norm_backward(x, shift, extra, weight, bias, mean, rstd, dy, more, dx, dweig
         all_x = tl.zeros([ROWS, CP], tl.float32)
         for r in range(0, HW, ROWS):
             part = ((r + rows)[:, None] < HW) & ok[None, :]
-            xhat, g = again(x + at + r*C, dy + at + r*C, part, offset, scale, w, b, SILU)
+            to = at + r*C
+            xhat, g = again(x + to, dy + to, part, offset, scale, w, b, SILU)
             all_g += g
             all_gx += g*xhat
             if SHIFT | EXTRA: all_x += tl.where(part, xhat, 0.0)
@@ -162,7 +163,8 @@ def norm_backward(x, shift, extra, weight, bias, mean, rstd, dy, more, dx, dweig
     else:
         for r in range(0, HW, ROWS):
             part = ((r + rows)[:, None] < HW) & ok[None, :]
-            xhat, g = again(x + at + r*C, dy + at + r*C, part, offset, scale, w, b, SILU)
+            to = at + r*C
+            xhat, g = again(x + to, dy + to, part, offset, scale, w, b, SILU)
             d = scale[None, :]*(w[None, :]*g - one[None, :] - xhat*along[None, :])
             if MORE: d += tl.load(more + at + r*C, part, 0.0).to(tl.float32)
             tl.store(dx + at + r*C, d.to(dx.dtype.element_ty), part)
@@ -235,8 +237,9 @@ class NormSiLU(torch.autograd.Function):
         tiles = tiling(C, groups, H*W)
         grid = (-(-groups // tiles["GB"]), B)
         tiles |= dict(SHIFT=shift is not None, EXTRA=extra is not None, SILU=silu)
-        norm_forward[grid](x, x if shift is None else shift, x if extra is None else extra,
-                           weight, bias, y, mean, rstd, stride, eps, C, H*W, **tiles)
+        added = [x if e is None else e for e in (shift, extra)]
+        norm_forward[grid](x, *added, weight, bias, y, mean, rstd, stride, eps, C, H*W,
+                           **tiles)
         ctx.save_for_backward(x, shift, extra, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.plan = tiles, grid, stride
@@ -254,10 +257,10 @@ class NormSiLU(torch.autograd.Function):
         dx = torch.empty_like(x)
         made = torch.empty(3, B, C, device=x.device, dtype=torch.float32)
         dweight, dbias, dshift = made
-        norm_backward[grid](x, x if shift is None else shift, x if extra is None else extra,
-                            weight, bias, mean, rstd, dy, x if more is None else more,
-                            dx, dweight, dbias, dshift, stride, C, H*W, **tiles,
-                            MORE=more is not None)
+        added = [x if e is None else e for e in (shift, extra)]
+        norm_backward[grid](x, *added, weight, bias, mean, rstd, dy,
+                            x if more is None else more, dx, dweight, dbias, dshift,
+                            stride, C, H*W, **tiles, MORE=more is not None)
         dextra = None
         if weight.ndim == 1:
             dweight, dbias, *rest = sums(made if extra is not None else made[:2])
@@ -364,7 +367,8 @@ def gather(x, y, s, N, C:tl.constexpr, W:tl.constexpr, CP:tl.constexpr,
     q = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1)*CP + tl.arange(0, CP)
     ok = (q < N)[:, None] & (c < C)[None, :]
-    at, total = x + corner(q, W)[:, None]*C + c[None, :], tl.zeros([ROWS, CP], tl.float32)
+    at = x + corner(q, W)[:, None]*C + c[None, :]
+    total = tl.zeros([ROWS, CP], tl.float32)
     for k in tl.static_range(4):
         total += tl.load(at + ((k // 2)*2*W + k % 2)*C, ok, 0.0).to(tl.float32)
     tl.store(y + q[:, None]*C + c[None, :], (total*s).to(y.dtype.element_ty), ok)

@@ -131,8 +131,9 @@ class Block(Residual):
 
     def mixed(self, x:Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)   # [B, HW, C]
-        tokens = attention(tokens, self.qkv.weight.flatten(1), self.qkv.bias, self.heads)
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
+        mixed = attention(tokens, weight, bias, self.heads)
+        return mixed.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def forward(self, x:Tensor, emb:Tensor) -> Tensor:
         x = super().forward(x, emb)
