@@ -199,7 +199,8 @@ def tiling(channels:int,   # C
            pixels:int,     # HW
           ) -> dict:       # constants of the kernels
     "The layout that was fastest for maps of this size, see below."
-    rows, least = triton.next_power_of_2(pixels), triton.next_power_of_2(channels // groups)
+    rows = triton.next_power_of_2(pixels)
+    least = triton.next_power_of_2(channels // groups)
     lanes = max(16 if rows > 256 else 32, least)
     if rows*lanes <= LARGEST:
         return fit(channels, groups, lanes, rows, min(8, max(2, rows*lanes // 2048)))
