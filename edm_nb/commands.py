@@ -201,7 +201,7 @@ def dry_run(team:Team, config:TrainConfig,
             data:ImageSet) -> dict:   # what a run will need
     "Two updates in memory: their time, the memory, and whether they go through."
     short = replace(config, images=2*config.batch, log_every=config.batch, grid_every=0,
-                    lr_rampup=min(config.lr_rampup, 2*config.batch))
+                    lr_rampup=min(config.lr_rampup, 2*config.batch), lr_rampdown=None)
     records = list(run_training(short, None, data, team.device))
     parameters = sum(p.numel() for p in records[-1].state.denoiser.parameters())
     rate, updates = records[-1].images_per_second, math.ceil(config.images/config.batch)

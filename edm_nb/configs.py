@@ -43,6 +43,7 @@ class TrainConfig:
     micro_batch:int|None = None        # images per forward pass of a process; None: all
     lr:float = 1e-3                    # Adam's learning rate
     lr_rampup:int = 10_000_000         # warm-up
+    lr_rampdown:int|None = None        # the last images, over which lr falls to 0
     betas:tuple = (0.9, 0.999)         # Adam's averages
     adam_eps:float = 1e-8              # Adam's ε
     ema_halflife:float = 500_000       # of the averaged weights
@@ -89,7 +90,7 @@ RULES = {    # what a value must be, in words and as a test; a field is named on
     "a whole number from 1 to below 2^32":      # the counters of random streams
         (("images",), lambda v: is_whole(v, 1) and v < 2**32),
     "a positive whole number, or null":
-        (("data_limit", "resolution", "micro_batch"),
+        (("data_limit", "resolution", "micro_batch", "lr_rampdown"),
          lambda v: v is None or is_whole(v, 1)),
     "a whole number, 0 or more":
         (("lr_rampup", "save_every", "grid_every", "keep_every"), is_whole),
@@ -246,17 +247,19 @@ def read_config(path:str|Path) -> TrainConfig:   # a JSON file, as in a run fold
 def scale_durations(config:TrainConfig,   # made for `config.images`
                     images:int,           # the length that is wanted
                    ) -> TrainConfig:
-    """The same training, shorter: warm-up and half-life keep their share of the run.
+    """The same training, shorter: warm-up, decay and half-life keep their share of it.
 
     A longer training keeps them as they are, so that it can continue the shorter one.
     """
     share = min(1.0, images / config.images)
     return dataclasses.replace(config, images=images,
                                lr_rampup=int(config.lr_rampup * share),
+                               lr_rampdown=config.lr_rampdown and
+                               max(1, int(config.lr_rampdown * share)),
                                ema_halflife=config.ema_halflife * share)
 
 def check_length(config:TrainConfig) -> None:   # before a training starts
-    "Raise a ValueError where the warm-up does not end before the run does."
+    "Raise a ValueError where the warm-up, or the decay, is longer than the run."
     if config.lr_rampup > config.images:
         raise ValueError(f"lr_rampup is {config.lr_rampup:,}, but the training has "
                          f"only {config.images:,} images: the learning rate would end "
@@ -264,6 +267,11 @@ def check_length(config:TrainConfig) -> None:   # before a training starts
                          "durations together (`scale_durations(config, "
                          f"{config.images})`), or set lr_rampup to at most "
                          f"{config.images:,}")
+    if (config.lr_rampdown or 0) > config.images:
+        raise ValueError(f"lr_rampdown is {config.lr_rampdown:,}, but the training has "
+                         f"only {config.images:,} images: the learning rate would "
+                         "never be lr. Shorten all durations together "
+                         f"(`scale_durations(config, {config.images})`)")
 
 # %% ../nbs/24_configs.ipynb #ef0c443e
 def ladder(baseline:TrainConfig,   # row A
@@ -381,9 +389,11 @@ PRESETS = {
         network=dict(arch="tiny", model_channels=8, channel_mult=[1, 2], num_blocks=1),
         expected=dict(hardware="1 CPU core", minutes=0.1, memory_gib=0.4)),
     "demo": dataclasses.replace(
-        DIGITS, images=130_000, batch=64, log_every=10_000, grid_every=20_000,
-        network=dict(arch="tiny", model_channels=32, channel_mult=[1, 2], num_blocks=1),
-        expected=dict(hardware="2 CPU cores", minutes=1.5, memory_gib=0.9,
+        DIGITS, images=150_000, batch=64, log_every=10_000, grid_every=20_000,
+        lr=3e-3, lr_rampup=5_000, lr_rampdown=115_000, betas=(0.9, 0.99),
+        sigma_args={"P_mean": -0.8, "P_std": 1.0},
+        network=dict(arch="tiny", model_channels=8, channel_mult=[1, 8], num_blocks=1),
+        expected=dict(hardware="2 CPU cores", minutes=1.2, memory_gib=0.9,
                       basis="processor time beside the digits preset")),
     **{f"cifar10-{c}-{a}": cifar10_ladder(a, c == "cond")["F"]
        for c in ("cond", "uncond") for a in ("ddpmpp", "ncsnpp")},

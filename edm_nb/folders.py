@@ -251,6 +251,7 @@ def with_length(config:TrainConfig,      # as a preset has it
     if folder is None or not holds_run(folder): return config
     before = read_config(folder/"config.json")
     return dataclasses.replace(config, lr_rampup=before.lr_rampup,
+                               lr_rampdown=before.lr_rampdown,
                                ema_halflife=before.ema_halflife)
 
 # %% ../nbs/31_folders.ipynb #1359c14b

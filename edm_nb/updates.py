@@ -246,6 +246,8 @@ def apply_update(forward:Callable,      # the denoiser or its wrapper
 def rates(config:TrainConfig, seen:int) -> tuple[float, float]:
     "Learning rate and β of the update that follows `seen` images."
     lr = ramped_lr(config.lr, seen + config.batch, config.lr_rampup)
+    if config.lr_rampdown:
+        lr *= min(1.0, max(0, config.images - seen) / config.lr_rampdown)
     return lr, ema_beta(config.batch, config.ema_halflife, seen, config.ema_rampup)
 
 def train_step(forward:Callable,      # the denoiser or its wrapper
@@ -286,7 +288,9 @@ def compiled(denoiser:Preconditioned,   # blocks are compiled in place
             block.compile(dynamic=False, fullgraph=True, **options)
     if how == "blocks":     # kinds of block share a code object; the limit is 8
         limits = torch._dynamo.config
-        limits.recompile_limit = max(64, limits.recompile_limit)
+        name = "recompile_limit"
+        if not hasattr(limits, name): name = "cache_size_limit"     # PyTorch 2.6
+        setattr(limits, name, max(64, getattr(limits, name)))
     return denoiser
 
 # %% ../nbs/30_updates.ipynb #b4a31f64

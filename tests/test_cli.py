@@ -292,9 +292,10 @@ def test_more_numbers_beside_the_distance(model, tmp_path):
     assert "KID" in done.stderr and "recall" in done.stderr
 
 
-def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [[], ["--set", "lr_rampdown=1500"]], ids=["plain", "falling-rate"])
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
-    done = edm_nb("train", "toy", "--dry-run", "--device", "cpu", "--json")
+    done = edm_nb("train", "toy", "--dry-run", "--device", "cpu", "--json", *change)
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert facts["updates"] == 32 and facts["parameters"] > 10_000 and facts["images_per_second"] > 0 and list(tmp_path.iterdir()) == []

@@ -129,6 +129,17 @@ def test_what_cuts_a_batch_and_where_it_lies_may_change_when_a_run_goes_on(run):
     with pytest.raises(ValueError, match="another configuration.*precision"): run_all(run, images=192, precision="bf16")
 
 
+def test_a_run_that_goes_on_keeps_the_length_of_its_decay(tmp_path):
+    preset = dataclasses.replace(TOY, images=640, lr_rampup=320, lr_rampdown=640)
+    short = folders.with_length(preset, 64, tmp_path)
+    assert (short.lr_rampup, short.lr_rampdown) == (32, 64)
+    for record in runs.train(short, tmp_path, device="cpu"): pass
+    longer = folders.with_length(preset, 128, tmp_path)
+    assert (longer.lr_rampup, longer.lr_rampdown) == (32, 64)
+    for record in runs.train(longer, tmp_path, device="cpu"): pass
+    assert record.images == 128 and record.lr == pytest.approx(TOY.lr / 2)             # of 2 updates in the last 64 images
+
+
 @pytest.mark.parametrize("change", [dict(images=-64), dict(images=10**30), dict(images="64"), dict(seconds="x"), dict(config=None), dict(record=[]), dict(data=3)])
 def test_a_state_with_notes_that_make_no_sense_is_refused(run, change):
     file = checkpoints.latest_state(run/"state")

@@ -84,6 +84,23 @@ def test_a_shorter_training_keeps_the_shares_of_its_ramps():
         next(runs.train(dataclasses.replace(paper, images=1_000_000, data="digits"), data=digits(), device="cpu"))
 
 
+def test_the_rate_falls_to_nothing_over_the_last_images():
+    plain = dataclasses.replace(TOY, images=1_000, batch=10, lr=0.5, lr_rampup=100)
+    falling = dataclasses.replace(plain, lr_rampdown=400)
+    seen = list(range(0, 1_000, 10))
+    rate = [[updates.rates(config, n)[0] for n in seen] for config in (plain, falling)]
+    assert rate[0][:61] == rate[1][:61] and rate[0][60] == 0.5                         # until 600 images nothing is different
+    assert rate[1][61:] == pytest.approx([0.5 * (100 - k)/40 for k in range(61, 100)])  # then a line to 0 at the end
+    assert [updates.rates(c, 700)[1] for c in (plain, falling)] == [updates.rates(plain, 700)[1]]*2
+    assert updates.rates(falling, 1_000)[0] == updates.rates(falling, 1_010)[0] == 0
+    short, long = (configs.scale_durations(falling, n) for n in (100, 5_000))
+    assert (short.lr_rampup, short.lr_rampdown, long.lr_rampdown) == (10, 40, 400) and configs.scale_durations(plain, 100).lr_rampdown is None
+    with pytest.raises(ValueError, match="lr_rampdown is 400.*only 300.*scale_durations"): configs.check_length(dataclasses.replace(falling, images=300))
+    with pytest.raises(ValueError, match="lr_rampdown is 0"): dataclasses.replace(falling, lr_rampdown=0)
+    *_, record = runs.train(dataclasses.replace(TOY, lr_rampdown=192), data=digits(), device="cpu")
+    assert record.lr == pytest.approx(TOY.lr / 3)                                       # of the last of three updates
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(lr=1e300), "lr is 1e"), (dict(lr=1e-320), "lr is"), (dict(lr=10**400), "lr is 1000"), (dict(images=10**30), "images is"), (dict(seed=2**80), "seed is"),
     (dict(network={"arch": []}), "network.arch"), (dict(network={"arch": {}}), "network.arch"), (dict(network={"arch": "tiny", "x": 1}), "network has no x"),
