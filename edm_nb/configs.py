@@ -391,8 +391,7 @@ PRESETS = {
     "demo": dataclasses.replace(
         DIGITS, images=150_000, batch=64, log_every=10_000, grid_every=20_000,
         lr=3e-3, lr_rampup=5_000, lr_rampdown=115_000, betas=(0.9, 0.99),
-        sigma_args={"P_mean": -0.8, "P_std": 1.0},
-        network=dict(arch="tiny", model_channels=8, channel_mult=[1, 8], num_blocks=1),
+        network=dict(arch="tiny", model_channels=16, channel_mult=[1, 4], num_blocks=1),
         expected=dict(hardware="2 CPU cores", minutes=1.2, memory_gib=0.9,
                       basis="processor time beside the digits preset")),
     **{f"cifar10-{c}-{a}": cifar10_ladder(a, c == "cond")["F"]
