@@ -273,7 +273,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, help="fewer samples, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    studies, about = cifar_studies(args.samples or 5_000) if args.what == "cifar16" else digits_studies(args.samples or 1_797)
+    studies, about = cifar_studies(args.samples or 2_000) if args.what == "cifar16" else digits_studies(args.samples or 1_797)
     if args.what == "leak": studies = [functools.partial(leak_study, digits(), args.samples or 1_797)]
     if args.what == "rows": studies = [functools.partial(rows_study, digits(), args.samples or 1_797)]
     work_through(studies, args.out/f"training_{args.what}.json", about, args.seeds)
