@@ -166,6 +166,23 @@ def test_no_row_begins_that_would_not_fit(tmp_path, monkeypatch):
     assert now[0] == 90 + 80
 
 
+def test_a_row_of_more_samples_is_expected_to_take_longer(tmp_path, monkeypatch):
+    "Five times the samples behind a distance once outran a call, and everything that was to be packed at its end was lost."
+    now, cells = [0.0], [dict(k=0, samples=10), dict(k=1, samples=50), dict(k=2, samples=10), dict(k=3, samples=10, NFE=9)]
+    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
+
+    def measure(cell):
+        now[0] += cell["samples"] * cell.get("NFE", 1)
+        return dict(ok=True)
+
+    def study(run): return dict(rows=run.rows("study", cells, measure))
+    rows = report(tmp_path, "--limit", "study=55").run(study)["rows"]
+    assert [("skipped" in row) for row in rows] == [False, True, False, True] and now[0] == 20
+    run = report(tmp_path / "call", "--stop-after", "55")
+    with pytest.raises(session.OutOfTime): run.run(study)
+    assert now[0] == 30
+
+
 def test_it_says_beforehand_what_it_will_do(tmp_path):
     run = Report(command.parse(["--toy", "--device", "cpu", "--out", str(tmp_path), "--minutes", "12"]))
     session.write_json(tmp_path / "trials.json", {})

@@ -29,6 +29,11 @@ def in_words(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def size(cell):
+    "What a row's seconds grow with: samples and evaluations of each, where it names them."
+    return cell.get("samples", 1) * cell.get("NFE", 1)
+
+
 def good(rows):
     "Rows that hold a measurement."
     return [row for row in rows if "failed" not in row and "skipped" not in row]
@@ -45,12 +50,12 @@ class Session:
         "Seconds that a stage may take."
         return self.args.limit.get(name, LIMITS[name])
 
-    def proceed(self):
-        """Whether the stage has time for another row, taken to be as long as its longest so far.
+    def proceed(self, times=1):
+        """Whether the stage has time for another row, taken to be as long for its size as the longest so far.
 
         Raises OutOfTime where the whole call must end.
         """
-        over = time.monotonic() + self.longest
+        over = time.monotonic() + self.longest*times
         if over >= self.call_end:
             raise OutOfTime
         return over < self.stage_end
@@ -71,11 +76,11 @@ class Session:
             key = json.dumps(cell)
             if key not in found:
                 try:
-                    if self.proceed():
+                    if self.proceed(size(cell)):
                         start = time.monotonic()
                         found[key] = dict(cell=cell, **measure(cell))
                         write_json(path, kept | dict(rows=list(found.values())))
-                        self.longest = max(self.longest, time.monotonic() - start)
+                        self.longest = max(self.longest, (time.monotonic() - start) / size(cell))
                         print(f"  {found[key]}", flush=True)
                     else:
                         rows.append(dict(cell, skipped="the stage's time was over"))
