@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'jit', 'within', 'offsets', 'norm_forward', 'again', 'norm_backward', 'column_sums', 'fit', 'tiling',
-           'sums', 'once', 'NormSiLU', 'norm_silu', 'sum_forward', 'sum_backward', 'pixelwise', 'ScaledSum', 'corner',
+           'sums', 'once', 'NormSiLU', 'norm_silu', 'sum_forward', 'sum_backward', 'pixelwise', 'ScaledSum', 'places',
            'spread', 'gather', 'half_or_twice', 'Halve', 'Double', 'resized', 'convolve', 'residual', 'attended']
 
 # %% ../nbs/44_kernels.ipynb #741a173d
@@ -346,33 +346,31 @@ class ScaledSum(torch.autograd.Function):
 
 # %% ../nbs/44_kernels.ipynb #51cbdd68
 @jit
-def corner(q, W:tl.constexpr):
-    "The upper left of the four pixels that pixel q is in a map twice as large."
-    return (q // W)*(4*W) + (q % W)*2
+def places(N, C:tl.constexpr, W:tl.constexpr, CP:tl.constexpr, ROWS:tl.constexpr):
+    "Of a program's pixels: where they lie, where the upper left of their four lies."
+    q = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1)*CP + tl.arange(0, CP)
+    corner = (q // W)*(4*W) + (q % W)*2        # all rows of all images, one by one
+    ok = (q < N)[:, None] & (c < C)[None, :]
+    return q[:, None]*C + c[None, :], corner[:, None]*C + c[None, :], ok
 
 @jit
 def spread(x, y, s, N, C:tl.constexpr, W:tl.constexpr, CP:tl.constexpr,
            ROWS:tl.constexpr):
     "Each of N pixels, s times, into the four of a map twice as large."
-    q = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1)*CP + tl.arange(0, CP)
-    ok = (q < N)[:, None] & (c < C)[None, :]
-    v = tl.load(x + q[:, None]*C + c[None, :], ok, 0.0).to(tl.float32)*s
-    v, to = v.to(y.dtype.element_ty), y + corner(q, W)[:, None]*C + c[None, :]
-    for k in tl.static_range(4): tl.store(to + ((k // 2)*2*W + k % 2)*C, v, ok)
+    small, large, ok = places(N, C, W, CP, ROWS)
+    v = (tl.load(x + small, ok, 0.0).to(tl.float32)*s).to(y.dtype.element_ty)
+    for k in tl.static_range(4): tl.store(y + large + (k//2*2*W + k%2)*C, v, ok)
 
 @jit
 def gather(x, y, s, N, C:tl.constexpr, W:tl.constexpr, CP:tl.constexpr,
            ROWS:tl.constexpr):
     "s times the sum of four pixels, into each of N of a map half as large."
-    q = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1)*CP + tl.arange(0, CP)
-    ok = (q < N)[:, None] & (c < C)[None, :]
-    at = x + corner(q, W)[:, None]*C + c[None, :]
+    small, large, ok = places(N, C, W, CP, ROWS)
     total = tl.zeros([ROWS, CP], tl.float32)
     for k in tl.static_range(4):
-        total += tl.load(at + ((k // 2)*2*W + k % 2)*C, ok, 0.0).to(tl.float32)
-    tl.store(y + q[:, None]*C + c[None, :], (total*s).to(y.dtype.element_ty), ok)
+        total += tl.load(x + large + (k//2*2*W + k%2)*C, ok, 0.0).to(tl.float32)
+    tl.store(y + small, (total*s).to(y.dtype.element_ty), ok)
 
 def half_or_twice(x:Tensor,      # `[B, C, H, W]`
                   up:bool,       # spread, otherwise gather

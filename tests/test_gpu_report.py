@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from studies.gpu import command, correctness, model, profiling, session, setups, training, trials  # noqa: E402
+from studies.gpu import command, correctness, levels, model, profiling, session, setups, training, trials  # noqa: E402
 from studies.gpu import report as report_module  # noqa: E402
 from studies.gpu.report import Report  # noqa: E402
 from studies.gpu.sampling import sampling  # noqa: E402
@@ -181,6 +181,25 @@ def test_a_row_of_more_samples_is_expected_to_take_longer(tmp_path, monkeypatch)
     run = report(tmp_path / "call", "--stop-after", "55")
     with pytest.raises(session.OutOfTime): run.run(study)
     assert now[0] == 30
+
+
+def test_a_call_that_is_killed_leaves_its_rows_packed(tmp_path):
+    "The bundle was written when a call ended, so that one that was killed brought nothing home."
+    run = report(tmp_path / "out", "--bundle", str(tmp_path / "packed"))
+
+    def measure(cell):
+        if cell["k"] == 2: raise KeyboardInterrupt
+        return dict(ok=True)
+    with pytest.raises(KeyboardInterrupt): run.rows("study", [dict(k=k) for k in range(3)], measure)
+    content = b"".join(part.read_bytes() for part in sorted((tmp_path / "packed").iterdir()))
+    kept = json.load(tarfile.open(fileobj=io.BytesIO(content)).extractfile("study.partial.json"))
+    assert [row["cell"]["k"] for row in kept["rows"]] == [0, 1]
+
+
+def test_the_untrained_denoiser_is_one_whose_network_returns_zeros():
+    denoise = Preconditioned(lambda x, c_noise: torch.zeros_like(x), sigma_data=0.5)
+    x, sigma = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 20.0])
+    torch.testing.assert_close(levels.untrained(denoise)(x, sigma), denoise(x, sigma))
 
 
 def test_it_says_beforehand_what_it_will_do(tmp_path):

@@ -7,18 +7,16 @@ from edm_nb.metrics import nearest_neighbours
 from edm_nb.ode_solvers import edm_sigmas
 from edm_nb.randomness import SeededNoise
 from edm_nb.stochastic import langevin_states
+from studies.churn import look
 from studies.gpu.model import trained
 from studies.gpu.report import tf32
-
 
 CELLS = [(0.2, 1.0), (0.8, 1.0), (0.2, 1.007), (0.05, 1.0), (0.8, 1.007), (0.05, 1.007), (2.0, 1.0), (2.0, 1.007)]
 
 
 def per_image(D):
-    "What stirring may change, a number per image: detail, contrast, extreme values and brightness, as `studies/churn.py` has them for digits."
-    across, down = (D[..., 1:] - D[..., :-1]).flatten(1), (D[..., 1:, :] - D[..., :-1, :]).flatten(1)
-    found = dict(detail=(across.square().mean(1) + down.square().mean(1)) / 2, contrast=D.flatten(1).std(1),
-                 extremes=(D.flatten(1).abs() > 0.95).double().mean(1), brightness=D.flatten(1).mean(1))
+    "What stirring may change, a number per image: the properties that `studies/churn.py` follows for digits, and brightness."
+    found = look(D) | dict(brightness=D.flatten(1).mean(1))
     return {name: [round(float(v), 6) for v in values] for name, values in found.items()}
 
 

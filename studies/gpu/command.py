@@ -123,6 +123,6 @@ def main():
                 failed.append(stage.__name__)
     finally:
         if args.bundle:
-            bundle(args.out, args.bundle, args.part_mb)
+            print(bundle(args.out, args.bundle, args.part_mb), flush=True)
     if failed:
         sys.exit(f"studies.gpu: failed, see above and the files: {', '.join(failed)}")

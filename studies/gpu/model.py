@@ -64,6 +64,7 @@ def train_model(report, config, folder):
                     where = missing.pop(mark)
                     snapshot(record.state, where, record.seconds)
                     ship(report, where / "ema.safetensors", report.out / "weights.safetensors")
+                    report.pack()
                 if not missing:
                     return None
                 if time.monotonic() >= report.call_end:

@@ -80,6 +80,7 @@ class Session:
                         start = time.monotonic()
                         found[key] = dict(cell=cell, **measure(cell))
                         write_json(path, kept | dict(rows=list(found.values())))
+                        self.pack()
                         self.longest = max(self.longest, (time.monotonic() - start) / size(cell))
                         print(f"  {found[key]}", flush=True)
                     else:
@@ -94,6 +95,11 @@ class Session:
             if key in found:
                 rows.append(cell | {name: value for name, value in found[key].items() if name != "cell"})
         return rows
+
+    def pack(self):
+        "Pack what is there for --bundle, row by row: a machine may be taken away before the end."
+        if self.args.bundle:
+            bundle(self.out, self.args.bundle, self.args.part_mb)
 
     def load(self, name):
         "The result of an earlier stage, or None."
@@ -150,4 +156,4 @@ def bundle(out, folder, part_mb):
     parts = [content[i:i + size] for i in range(0, len(content), size)]
     for number, part in enumerate(parts):
         (folder / f"report.tar.{number:02d}").write_bytes(part)
-    print(f"bundle: {len(parts)} parts, {len(content) / 2**20:.1f} MiB in {folder}", flush=True)
+    return f"bundle: {len(parts)} parts, {len(content) / 2**20:.1f} MiB in {folder}"
